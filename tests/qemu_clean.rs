@@ -12,9 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use machinery_testkit::client::Client;
 use machinery_testkit::guest::{DISK_PLACEHOLDER, Guest};
-use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::Pid;
@@ -30,18 +28,6 @@ const IS_CLEAN: &str = "read -P 0 64k 4k";
 fn lab(names: &[&str]) -> Lab {
     let machines: Vec<_> = names.iter().map(|name| (*name, Guest::Micro, SnapshotFormat::Lz4)).collect();
     Lab::new(&machines).unwrap()
-}
-
-fn served(lab: &Lab) -> (RunningHost, Client) {
-    let host = lab.host().unwrap();
-    let client = host.client().unwrap();
-    (host, client)
-}
-
-#[track_caller]
-fn does(client: &mut Client, action: &str, machine: &str) {
-    let answer = client.act(action, machine).unwrap();
-    assert_eq!(answer, json!({"success": true}), "{action} of {machine}");
 }
 
 /// Creates an image of one MiB in the lab's folder, filled with zeros.
@@ -145,8 +131,8 @@ fn run_opens_no_file_for_writing_when_images_are_named_in_each_spelling() {
     ];
     add_args(&lab, "m", &more.concat());
     let before = hash(&qcow2);
-    let (mut host, mut client) = served(&lab);
-    does(&mut client, "norestore_start", "m");
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.perform("norestore_start", "m");
     // A guest that counts can use its disk, so the arguments are valid.
     lab.folder("m").first_count(std::time::Duration::from_secs(60)).unwrap();
     let qemu = lab.qemu_of("m").unwrap();
@@ -157,7 +143,7 @@ fn run_opens_no_file_for_writing_when_images_are_named_in_each_spelling() {
     for drive in ["d0", "d1", "d2", "d3", "ide0-hd1"] {
         write_to(&lab, "m", drive);
     }
-    does(&mut client, "stop", "m");
+    client.perform("stop", "m");
     lab.assert_clean();
     assert_eq!(hash(&qcow2), before);
     assert!(fs::read(raw_path(&lab, 0)).unwrap().iter().all(|byte| *byte == 0));
@@ -180,13 +166,13 @@ fn next_run_is_clean_when_one_has_written_to_every_image() {
         add_args(&lab, "m", &drives.concat());
         lab.ahead(ahead).unwrap();
         let before = (hash(&second), hash(&third));
-        let (mut host, mut client) = served(&lab);
+        let (mut host, mut client) = lab.serve().unwrap();
         for _ in 0..2 {
-            does(&mut client, "prepare", "m");
+            client.perform("prepare", "m");
             if ahead == STANDBY {
                 assert_eq!(writable_files(&lab, lab.qemu_of("m").unwrap()), Vec::<PathBuf>::new());
             }
-            does(&mut client, "restore_start", "m");
+            client.perform("restore_start", "m");
             assert_eq!(writable_files(&lab, lab.qemu_of("m").unwrap()), Vec::<PathBuf>::new(), "{ahead}");
             for (drive, n) in [("second", 2), ("third", 3)] {
                 let overlay = lab.overlay("m", n);
@@ -194,7 +180,7 @@ fn next_run_is_clean_when_one_has_written_to_every_image() {
                 write_to(&lab, "m", drive);
                 assert!(holds(&lab, &overlay, IS_WRITTEN), "{drive} was not written to");
             }
-            does(&mut client, "stop", "m");
+            client.perform("stop", "m");
         }
         assert_eq!((hash(&second), hash(&third)), before, "{ahead}");
         assert!(host.terminate().unwrap().success());
@@ -215,10 +201,10 @@ fn machines_run_at_the_same_time_when_they_share_a_file_of_uefi_variables() {
     ];
     let before = hash(&vars);
     ["m", "n"].into_iter().for_each(|machine| add_args(&lab, machine, &flash.concat()));
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     for _ in 0..2 {
         for machine in ["m", "n"] {
-            does(&mut client, "norestore_start", machine);
+            client.perform("norestore_start", machine);
             assert_eq!(lab.folder(machine).first_count(std::time::Duration::from_secs(60)).unwrap(), 1);
             assert!(
                 holds(&lab, &lab.overlay(machine, 2), IS_CLEAN),
@@ -227,7 +213,7 @@ fn machines_run_at_the_same_time_when_they_share_a_file_of_uefi_variables() {
             write_to(&lab, machine, "pflash1");
             assert_eq!(writable_files(&lab, lab.qemu_of(machine).unwrap()), Vec::<PathBuf>::new());
         }
-        ["m", "n"].into_iter().for_each(|machine| does(&mut client, "stop", machine));
+        ["m", "n"].into_iter().for_each(|machine| client.perform("stop", machine));
         lab.assert_clean();
         assert_eq!(hash(&vars), before);
     }
@@ -248,13 +234,13 @@ fn disk_is_not_written_to_when_the_placeholder_is_in_another_argument() {
         let named = text.replace(&format!("file={DISK_PLACEHOLDER}"), &format!("file={}", path.display()));
         assert_ne!(named, text);
         fs::write(machineinfo, named).unwrap();
-        let (mut host, mut client) = served(&lab);
-        does(&mut client, "restore_start", "m");
+        let (mut host, mut client) = lab.serve().unwrap();
+        client.perform("restore_start", "m");
         let first = lab.folder("m").first_count(std::time::Duration::from_secs(60)).unwrap();
         assert_eq!(first, lab.restored_count().unwrap());
         write_to(&lab, "m", "ide0-hd0");
         assert!(holds(&lab, &lab.overlay("m", 2), IS_WRITTEN));
-        does(&mut client, "stop", "m");
+        client.perform("stop", "m");
         assert!(host.terminate().unwrap().success());
         assert_eq!(hash(disk), before);
         lab.assert_clean();
@@ -273,13 +259,13 @@ fn kept_overlays_are_there_until_the_next_start_when_the_operator_keeps_them() {
         &args(["-drive", &format!("file={},format=raw,if=none,id=second", second.display())]),
     );
     lab.host_yaml("", ", keep_disposable_disks: true").unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     for _ in 0..2 {
-        does(&mut client, "restore_start", "m");
+        client.perform("restore_start", "m");
         let overlay = lab.overlay("m", 2);
         assert!(holds(&lab, &overlay, IS_CLEAN));
         write_to(&lab, "m", "second");
-        does(&mut client, "stop", "m");
+        client.perform("stop", "m");
         assert!(holds(&lab, &overlay, IS_WRITTEN) && lab.disposable("m").exists());
     }
     assert!(host.terminate().unwrap().success());
@@ -306,15 +292,15 @@ fn machine_is_refused_when_its_runs_cannot_be_clean() {
         for word in [what, &argument, "allow_shared_writes", "machine 'm'"] {
             assert!(check.stdout.contains(word), "{word} is not in {}", check.stdout);
         }
-        let (mut host, mut client) = served(&lab);
+        let (mut host, mut client) = lab.serve().unwrap();
         for action in ["restore_start", "norestore_start"] {
             let answer = client.act(action, "m").unwrap();
             assert_eq!(answer["success"], false, "{value}");
         }
         let reason = client.machine("m").unwrap()["disabled_reason"].as_str().unwrap().to_owned();
         assert!(reason.contains(what) && reason.contains("allow_shared_writes"), "{reason}");
-        does(&mut client, "restore_start", "n");
-        does(&mut client, "stop", "n");
+        client.perform("restore_start", "n");
+        client.perform("stop", "n");
         assert!(host.terminate().unwrap().success());
         lab.assert_clean();
     }
@@ -329,11 +315,11 @@ fn machine_runs_with_shared_writes_when_its_operator_allows_them() {
     let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("allow_shared_writes"), "{}", check.stdout);
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let warnings = client.machine("m").unwrap()["warnings"].to_string();
     assert!(warnings.contains("allow_shared_writes") && warnings.contains("-fsdev"), "{warnings}");
-    does(&mut client, "restore_start", "m");
-    does(&mut client, "stop", "m");
+    client.perform("restore_start", "m");
+    client.perform("stop", "m");
     assert!(host.terminate().unwrap().success());
 }
 
@@ -352,15 +338,15 @@ fn standby_is_made_anew_when_a_file_that_the_arguments_name_was_replaced() {
     ];
     add_args(&lab, "m", &files.concat());
     lab.ahead(STANDBY).unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     for file in [&iso, &base] {
-        does(&mut client, "prepare", "m");
+        client.perform("prepare", "m");
         let standing_by = lab.qemu_of("m").unwrap();
         let new = file.with_extension("new");
         fs::write(&new, vec![7; 1 << 20]).unwrap();
         fs::rename(&new, file).unwrap();
         let log = host.log().len();
-        does(&mut client, "restore_start", "m");
+        client.perform("restore_start", "m");
         assert_ne!(
             lab.qemu_of("m").unwrap(),
             standing_by,
@@ -369,9 +355,9 @@ fn standby_is_made_anew_when_a_file_that_the_arguments_name_was_replaced() {
         );
         let change = format!("{} was changed", file.display());
         assert!(host.log()[log..].contains(&change), "not logged: {change}");
-        does(&mut client, "stop", "m");
+        client.perform("stop", "m");
     }
-    does(&mut client, "prepare", "m");
+    client.perform("prepare", "m");
     let log = host.log().len();
     fs::remove_file(&base).unwrap();
     let answer = client.act("restore_start", "m").unwrap();

@@ -9,7 +9,6 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use machinery_testkit::capture;
-use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::requirement;
@@ -65,11 +64,6 @@ fn host(lab: &Lab, name: &str) -> RunningHost {
     .unwrap()
 }
 
-#[track_caller]
-fn does(client: &mut Client, action: &str) {
-    assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
-}
-
 /// Returns the first bytes of the screen's server.
 fn greeting(network: &TestNetwork) -> String {
     let (ip, display) = SCREEN;
@@ -94,15 +88,15 @@ fn machine_has_bridge_screen_and_variables_in_its_jail() {
         lab.ahead(ahead).unwrap();
         let mut host = host(&lab, mode);
         let mut client = host.client().unwrap();
-        does(&mut client, "prepare");
+        client.perform("prepare", "m");
         let machine = client.machine("m").unwrap();
         assert_eq!(machine["ready"]["mode"], mode, "{machine}");
         assert!(machine["jail"].as_str().unwrap().starts_with("A+B"), "{machine}");
-        does(&mut client, "restore_start");
+        client.perform("restore_start", "m");
         talks(&lab);
         assert_eq!(network.members(BRIDGE).unwrap().lines().count(), 1);
         assert_eq!(greeting(network), "RFB 003.008\n");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
         assert!(host.terminate().unwrap().success());
         assert_eq!(network.members(BRIDGE).unwrap(), "");
@@ -112,9 +106,9 @@ fn machine_has_bridge_screen_and_variables_in_its_jail() {
     lab.ahead("instant: off, standby: off").unwrap();
     let mut host = host(&lab, "firmware");
     let mut client = host.client().unwrap();
-    does(&mut client, "norestore_start");
+    client.perform("norestore_start", "m");
     talks(&lab);
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     assert!(host.terminate().unwrap().success());
     lab.assert_clean();
 }

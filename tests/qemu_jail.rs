@@ -21,7 +21,7 @@ use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// EPERM, EACCES, and ESRCH of a process that another user cannot see.
 const DENIED: [&str; 3] = ["1", "13", "3"];
@@ -34,18 +34,6 @@ const MODES: [&str; 2] = ["auto", "strict"];
 fn lab(names: &[&str]) -> Lab {
     let machines: Vec<_> = names.iter().map(|name| (*name, Guest::Micro, SnapshotFormat::Lz4)).collect();
     Lab::new(&machines).unwrap()
-}
-
-fn served(lab: &Lab) -> (RunningHost, Client) {
-    let host = lab.host().unwrap();
-    let client = host.client().unwrap();
-    (host, client)
-}
-
-#[track_caller]
-fn does(client: &mut Client, action: &str, machine: &str) {
-    let answer = client.act(action, machine).unwrap();
-    assert_eq!(answer, json!({"success": true}), "{action} of {machine}");
 }
 
 /// A lab whose QEMU is the probe, and everything that the attempts are about.
@@ -144,9 +132,9 @@ impl Host {
         let mut host = RunningHost::start_with(self.lab.cwd(), change).unwrap();
         let mut client = host.client().unwrap();
         fs::write(&file, attempts(host.pid()).join("\n")).unwrap();
-        does(&mut client, "restore_start", "m");
+        client.perform("restore_start", "m");
         let report = fs::read_to_string(&self.lab.folder("m").serial).unwrap();
-        does(&mut client, "stop", "m");
+        client.perform("stop", "m");
         assert!(host.terminate().unwrap().success());
         let line =
             |line: &str| line.rsplit_once(": ").map(|(attempt, end)| (attempt.into(), end.into())).unwrap();
@@ -254,9 +242,9 @@ fn status(pid: rustix::process::Pid, key: &str) -> String {
 fn qemu_has_no_rights_and_no_descriptors_of_the_host() {
     let lab = lab(&["m", "other"]);
     lab.set_jail("strict").unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     for machine in ["m", "other"] {
-        does(&mut client, "restore_start", machine);
+        client.perform("restore_start", machine);
     }
     let processes = ["m", "other"].map(|machine| lab.qemu_of(machine).unwrap());
     let users = processes.map(|pid| status(pid, "Uid:"));
@@ -311,7 +299,7 @@ fn machine_is_refused_when_the_jail_is_strict_and_its_files_are_closed() {
     lab.set_jail("strict").unwrap();
     let checked = lab.run(&["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("layer B does not hold"), "{}", checked.stdout);
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let reason = client.act("restore_start", "m").unwrap()["reason"].as_str().unwrap().to_owned();
     let why = format!("the folder {} is closed to other users", closed.display());
     assert!(reason.contains("the jail is strict") && reason.contains(&why), "{reason}");
@@ -353,14 +341,14 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
         .unwrap();
         lab.set_jail(mode).unwrap();
         lab.accept_unsafe_args("m").unwrap();
-        let (mut running, mut client) = served(lab);
+        let (mut running, mut client) = lab.serve().unwrap();
         // QEMU's own filter kills QEMU for some of them.
         let mut attempts = host.attempts(running.pid());
         attempts.retain(|attempt| !KILLED.iter().any(|killed| attempt.starts_with(killed)));
         fs::write(m.dir.join("attempts"), attempts.join("\n")).unwrap();
-        does(&mut client, "norestore_start", "m");
+        client.perform("norestore_start", "m");
         let said = fs::read_to_string(&report).unwrap();
-        does(&mut client, "stop", "m");
+        client.perform("stop", "m");
         assert!(running.terminate().unwrap().success());
         assert_eq!(said.lines().count(), attempts.len(), "{said}");
         for line in said.lines() {
@@ -398,7 +386,7 @@ fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
     };
     let mut host = delegated();
     let mut client = host.client().unwrap();
-    does(&mut client, "restore_start", "m");
+    client.perform("restore_start", "m");
     assert!(
         listed(&mut client, "m")["jail"].as_str().unwrap().starts_with("A+B+C"),
         "{}",
@@ -413,8 +401,8 @@ fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
     let mut host = delegated();
     assert!(lab.qemu_of("m").is_err(), "QEMU runs on");
     let mut client = host.client().unwrap();
-    does(&mut client, "restore_start", "m");
-    does(&mut client, "stop", "m");
+    client.perform("restore_start", "m");
+    client.perform("stop", "m");
     assert!(host.terminate().unwrap().success());
     // No cgroup of the machine is left.
     let remove = in_cgroups(&mount, &format!("rmdir {name}/host {name}"));
@@ -428,9 +416,9 @@ fn template_is_built_anew_when_the_jail_was_switched_on() {
     for jail in ["off", "auto", "off", "strict"] {
         lab.set_jail(jail).unwrap();
         lab.ahead("instant: auto, standby: off").unwrap();
-        let (mut host, mut client) = served(&lab);
-        does(&mut client, "prepare", "m");
-        does(&mut client, "restore_start", "m");
+        let (mut host, mut client) = lab.serve().unwrap();
+        client.perform("prepare", "m");
+        client.perform("restore_start", "m");
         let ready = listed(&mut client, "m")["ready"].clone();
         assert_eq!(ready["mode"], "instant", "{jail}: {ready}");
         assert!(!host.log().contains("the template is not used"), "{jail}: {}", host.log());

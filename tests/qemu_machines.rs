@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,9 +16,12 @@ use machinery_testkit::host::{self, CommandOutput, RunningHost};
 use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::requirement;
 use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::wait::wait_until;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
+/// The time for an emulated processor to run the firmware.
+const BOOT: Duration = Duration::from_secs(180);
 
 /// Creates a lab whose machines are in no configuration. Their disks, addresses and boot files are for new machines.
 fn lab(seeds: &[&str], guest: Guest) -> Lab {
@@ -80,15 +84,31 @@ fn probe(lab: &Lab, name: &str, ip: &str) -> GuestProbe {
     GuestProbe { name: name.to_owned(), ip: ip.to_owned(), serial: folder_of(lab, name).join("serial.log") }
 }
 
-fn served(lab: &Lab) -> (RunningHost, Client) {
-    let host = lab.host().unwrap();
-    let client = host.client().unwrap();
-    (host, client)
+/// Returns the arguments of `machine create` for a machine on the bridge of the lab's network.
+fn bridged(lab: &Lab) -> Vec<String> {
+    let mut words = creation(lab, "m", "seed");
+    let user = words.iter().position(|word| word == "--user").unwrap();
+    words.splice(user..=user, ["--bridge", TestNetwork::BRIDGE].map(str::to_owned));
+    // The address of the guest is an argument of its kernel.
+    let (args, of_seed) = (lab.cwd().root().join("m.args"), &lab.folder("seed").start_args);
+    let append = &of_seed[of_seed.iter().position(|arg| arg == "-append").unwrap() + 1];
+    let text = fs::read_to_string(&args).unwrap().replace("console=ttyS0 quiet panic=-1", append);
+    fs::write(&args, text.replace("file:serial.log", "file:%MACHINE%.log")).unwrap();
+    words
 }
 
-#[track_caller]
-fn does(client: &mut Client, action: &str, machine: &str) {
-    assert_eq!(client.act(action, machine).unwrap(), json!({"success": true}), "{action} of {machine}");
+/// Returns a command in the network of the lab, which may use its bridge. `name` is that of a scratch folder.
+fn on_bridge(lab: &Lab, name: &str) -> std::process::Command {
+    let mut command = host::command(lab.cwd()).unwrap();
+    allow_bridge(lab, name, &mut command);
+    command
+}
+
+fn allow_bridge(lab: &Lab, name: &str, command: &mut std::process::Command) {
+    let scratch = lab.cwd().root().join(name);
+    fs::create_dir(&scratch).unwrap();
+    lab.network().attach(command);
+    lab.network().allow_bridge(command, TestNetwork::BRIDGE, &scratch).unwrap();
 }
 
 /// Restores the Linux machine twice, and expects the snapshot's marks in RAM and on the disk each time.
@@ -96,10 +116,10 @@ fn does(client: &mut Client, action: &str, machine: &str) {
 fn restores_clean(client: &mut Client, probe: &GuestProbe) {
     let of_snapshot = Marks { ram: "snapshot".to_owned(), disk: "snapshot".to_owned() };
     for _ in 0..2 {
-        does(client, "restore_start", &probe.name);
+        client.perform("restore_start", &probe.name);
         assert_eq!(probe.marks(SOON).unwrap(), of_snapshot);
         assert_ne!(probe.mark("run", "run", SOON).unwrap(), of_snapshot);
-        does(client, "stop", &probe.name);
+        client.perform("stop", &probe.name);
     }
 }
 
@@ -125,7 +145,7 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
     );
     succeeds(&lab.run(&["check"]).unwrap());
 
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let listed = client.machine("lin").unwrap();
     assert!(listed["warnings"].as_array().is_none_or(Vec::is_empty), "{listed}");
     let expected = json!(["linux", "12", lab.folder("seed").ip, ["apache", "perl"], 8000]);
@@ -146,7 +166,7 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
     fs::remove_dir_all(folder_of(&lab, "lin")).unwrap();
     succeeds(&second.run(&import).unwrap());
     assert_finished(&second);
-    let (mut host, mut client) = served(&second);
+    let (mut host, mut client) = second.serve().unwrap();
     restores_clean(&mut client, &probe(&second, "moved", &ip));
     assert!(host.terminate().unwrap().success());
     let again = second.run(&["machine", "snapshot", "moved"]).unwrap();
@@ -156,10 +176,10 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
 #[test]
 fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     let lab = lab(&["seed"], Guest::Micro);
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     succeeds(&run(&lab, &creation(&lab, "m", "seed")));
     let probe = probe(&lab, "m", &lab.folder("seed").ip);
-    does(&mut client, "restore_start", "m");
+    client.perform("restore_start", "m");
     let first = probe.first_count(SOON).unwrap();
     assert!(first > 1, "the guest continues, and does not boot: {first}");
     // A machine that is on is neither saved nor removed.
@@ -170,7 +190,7 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
             "{refused:?}"
         );
     }
-    does(&mut client, "stop", "m");
+    client.perform("stop", "m");
 
     let identity = |name: &str| fs::metadata(folder_of(&lab, "m").join(name)).unwrap().ino();
     let before = ["disk.qcow2", "memory.zst"].map(identity);
@@ -180,9 +200,9 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     let after = ["disk.qcow2", "memory.zst"].map(identity);
     assert!(before[0] != after[0] && before[1] != after[1], "{before:?} {after:?}");
     assert_eq!(client.machine("m").unwrap()["disabled"], json!(false));
-    does(&mut client, "restore_start", "m");
+    client.perform("restore_start", "m");
     assert!(probe.first_count(SOON).unwrap() > first, "it was saved later");
-    does(&mut client, "stop", "m");
+    client.perform("stop", "m");
 
     let names =
         || fs::read_dir(lab.cwd().root().join("machines")).unwrap().map(|entry| entry.unwrap().file_name());
@@ -194,6 +214,19 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     assert_eq!(answer["removed"], json!([folder_of(&lab, "m")]));
     assert!(!folder_of(&lab, "m").exists() && client.machine("m").is_err());
     assert!(lab.yaml().unwrap().ends_with("machines:\n  # all of them\n"), "{}", lab.yaml().unwrap());
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_of_a_new_cwd_needs_no_further_configuration() {
+    let lab = lab(&["seed"], Guest::Micro);
+    fs::remove_file(lab.cwd().root().join("conf/machineries/qemu.yaml")).unwrap();
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    succeeds(&lab.run(&["check"]).unwrap());
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.perform("restore_start", "m");
+    client.perform("stop", "m");
     assert!(host.terminate().unwrap().success());
     assert_finished(&lab);
 }
@@ -357,15 +390,7 @@ fn isolated_machine_is_made_and_saved_anew_in_its_cell() {
     let yaml = lab.yaml().unwrap();
     lab.write_yaml(&format!("{}machines:\n", yaml.split_once("machines:\n").unwrap().0)).unwrap();
     lab.ahead("standby: off, network: isolated").unwrap();
-    let mut words = creation(&lab, "m", "seed");
-    let user = words.iter().position(|word| word == "--user").unwrap();
-    words.splice(user..=user, ["--bridge", TestNetwork::BRIDGE].map(str::to_owned));
-    // The address of the guest is an argument of its kernel.
-    let (args, of_seed) = (lab.cwd().root().join("m.args"), &lab.folder("seed").start_args);
-    let append = &of_seed[of_seed.iter().position(|arg| arg == "-append").unwrap() + 1];
-    let text = fs::read_to_string(&args).unwrap().replace("console=ttyS0 quiet panic=-1", append);
-    let text = text.replace("file:serial.log", "file:%MACHINE%.log");
-    fs::write(&args, text).unwrap();
+    let words = bridged(&lab);
     lab.network().add_bridge(TestNetwork::BRIDGE).unwrap();
     // Only by its cell can the host ask the agent of the guest.
     let inside = |words: &[&str]| {
@@ -377,13 +402,161 @@ fn isolated_machine_is_made_and_saved_anew_in_its_cell() {
     lab.ahead("standby: off, machines: {m: {clones: [{name: c, ip: 10.77.0.11}]}}").unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
-    does(&mut client, "restore_start", "c");
+    client.perform("restore_start", "c");
     let refused = inside(&["machine", "snapshot", "m"]);
     assert!(refused.code == Some(1) && refused.stderr.contains("'c'"), "{refused:?}");
-    does(&mut client, "stop", "c");
+    client.perform("stop", "c");
     succeeds(&inside(&["machine", "snapshot", "m"]));
     let clone = client.machine("c").unwrap();
     assert!(clone["disabled"] == false && clone["change_pending"] == false, "{clone}");
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}
+
+#[test]
+fn export_runs_the_program_that_reads_the_disk_in_the_jail() {
+    let lab = lab(&["seed"], Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let (img, escaped) = (lab.qemu().img.display().to_string(), lab.cwd().root().join("escaped"));
+    let hostile = format!("echo > {}\nexec {img} \"$@\"", escaped.display());
+    let hostile = lab.cwd().script("hostile-img", &hostile).unwrap();
+    lab.change_yaml(&img, &hostile.display().to_string()).unwrap();
+    let file = lab.cwd().root().join("m.machine");
+    succeeds(&lab.run(&["machine", "export", "m", file.to_str().unwrap()]).unwrap());
+    assert!(file.exists() && !escaped.exists());
+    // The header of the disk does not choose what the archive has, either.
+    let disk = folder_of(&lab, "m").join("disk.qcow2");
+    let mut rebase = std::process::Command::new(img);
+    rebase.args(["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow"]).arg(disk);
+    assert!(rebase.status().unwrap().success());
+    let refused =
+        lab.run(&["machine", "export", "m", file.with_extension("second").to_str().unwrap()]).unwrap();
+    assert!(refused.code == Some(2) && refused.stderr.contains("/etc/shadow"), "{refused:?}");
+    assert_finished(&lab);
+}
+
+#[test]
+fn export_is_refused_when_the_machine_has_a_network_that_no_import_accepts() {
+    let lab = lab(&["seed"], Guest::Micro);
+    let words = creation(&lab, "m", "seed");
+    let args = lab.cwd().root().join("m.args");
+    let more = "-netdev user,id=net1,restrict=on\n-device e1000,netdev=net1,addr=9\n";
+    fs::write(&args, fs::read_to_string(&args).unwrap() + more).unwrap();
+    succeeds(&run(&lab, &words));
+    let refused = lab.run(&["machine", "export", "m", "m.machine"]).unwrap();
+    assert!(
+        refused.code == Some(2) && refused.stderr.contains("no host would import the machine"),
+        "{refused:?}"
+    );
+    assert_finished(&lab);
+}
+
+#[test]
+fn changed_installed_disk_is_reported_and_a_touched_one_causes_a_warning() {
+    let lab = lab(&["seed"], Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let disk = &lab.folder("seed").disk;
+    let open = || fs::File::options().append(true).open(disk).unwrap();
+    let check = || lab.run(&["check"]).unwrap();
+    let snapshot = || lab.run(&["machine", "snapshot", "m", "--ready-after", "1"]).unwrap();
+    assert!(!succeeds(&check()).stdout.contains("installed disk"));
+    open().set_modified(std::time::SystemTime::now() - Duration::from_secs(3600)).unwrap();
+    let touched = check();
+    assert!(succeeds(&touched).stdout.contains("written or replaced"), "{touched:?}");
+    let taken = snapshot();
+    assert!(format!("{:?}", succeeds(&taken)).contains("written or replaced"), "{taken:?}");
+    // The new snapshot is of the disk as it is now.
+    assert!(!succeeds(&check()).stdout.contains("installed disk"));
+    open().write_all(&[0; 512]).unwrap();
+    let (checked, taken) = (check(), snapshot());
+    assert!(
+        checked.code == Some(2) && checked.stdout.contains("the installed disk has changed"),
+        "{checked:?}"
+    );
+    assert!(taken.code == Some(1) && taken.stderr.contains("the installed disk has changed"), "{taken:?}");
+    fs::remove_file(disk).unwrap();
+    let (checked, taken) = (check(), snapshot());
+    let name = disk.display().to_string();
+    assert!(checked.code == Some(2) && checked.stdout.contains(&name), "{checked:?}");
+    assert!(taken.code == Some(1) && taken.stderr.contains(&name), "{taken:?}");
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_is_disabled_or_in_quarantine_after_its_new_snapshot_as_it_was_before() {
+    let lab = lab(&["seed"], Guest::Micro);
+    lab.heal().unwrap();
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let state = lab.cwd().root().join("operational/generated/machinery-host/machines.json");
+    fs::write(&state, r#"{"format": 1, "machines": {"m": {"quarantine": {"reason": "killed"}}}}"#).unwrap();
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.subscribe().unwrap();
+    // Longer than the pause before a try. It is not tried while the snapshot is taken.
+    succeeds(&lab.run(&["machine", "snapshot", "m", "--ready-after", "6"]).unwrap());
+    let listed = client.machine("m").unwrap();
+    assert_eq!((&listed["disabled_reason"], &listed["quarantine"]["tries"]), (&json!("killed"), &json!(0)));
+    assert_eq!(client.wait_for_event("healed", "m").unwrap()["tries"], 1);
+    let disable = json!({"action": "disable_machine", "machine": "m", "reason": "by hand"});
+    assert_eq!(client.ask(disable).unwrap()["success"], true);
+    succeeds(&lab.run(&["machine", "snapshot", "m", "--ready-after", "1"]).unwrap());
+    let listed = client.machine("m").unwrap();
+    assert_eq!((&listed["disabled_reason"], &listed["quarantine"]), (&json!("by hand"), &Value::Null));
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_is_made_by_uefi_with_its_own_variables() {
+    let lab = lab(&["seed"], Guest::Linux { ram_mib: 256, noise_mib: 0 });
+    let mut words = creation(&lab, "m", "seed");
+    words.push("--uefi".to_owned());
+    let args = lab.cwd().root().join("m.args");
+    // The kernel logs its firmware.
+    fs::write(&args, fs::read_to_string(&args).unwrap().replace(" quiet", "")).unwrap();
+    let probe = probe(&lab, "m", &lab.folder("seed").ip);
+    std::thread::scope(|scope| {
+        let making = scope.spawn(|| run(&lab, &words));
+        wait_until("the machine has no folder", || making.is_finished() || folder_of(&lab, "m").exists());
+        let booted = probe.wait_for_text("efi: EFI v", BOOT);
+        succeeds(&making.join().unwrap());
+        booted.unwrap();
+    });
+    let template = ["/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd"].map(fs::read);
+    let own = fs::read(folder_of(&lab, "m").join("efivars.fd")).unwrap();
+    assert!(template.iter().flatten().any(|template| template.len() == own.len()));
+    succeeds(&lab.run(&["check"]).unwrap());
+    let (mut host, mut client) = lab.serve().unwrap();
+    restores_clean(&mut client, &probe);
+    assert_eq!(fs::read(folder_of(&lab, "m").join("efivars.fd")).unwrap(), own, "runs have an overlay");
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_is_made_on_a_bridge_and_restored_there() {
+    let made = Lab::with_network("seed", SnapshotFormat::Lz4).unwrap();
+    let Some(lab) = requirement::NETWORK.or_skip(made) else { return };
+    let yaml = lab.yaml().unwrap();
+    lab.write_yaml(&format!("{}machines:\n", yaml.split_once("machines:\n").unwrap().0)).unwrap();
+    lab.change_yaml(TestNetwork::TAP, TestNetwork::BRIDGE).unwrap();
+    lab.ahead("standby: off").unwrap();
+    lab.network().add_machines(0).unwrap();
+    let words = bridged(&lab);
+    let mut create = on_bridge(&lab, "create");
+    create.args(&words);
+    succeeds(&host::run_command(create).unwrap());
+    let mut host =
+        RunningHost::start_with(lab.cwd(), |command| allow_bridge(&lab, "serve", command)).unwrap();
+    let mut client = host.client().unwrap();
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["interface"], &machine["state"]), (&json!(TestNetwork::BRIDGE), &json!("poweroff")));
+    client.perform("restore_start", "m");
+    assert_eq!(lab.network().members(TestNetwork::BRIDGE).unwrap().lines().count(), 1);
+    let probe = probe(&lab, "m", &TestNetwork::GUEST.to_string());
+    let (status, _) = lab.network().inside(|| probe.get("/", SOON)).unwrap().unwrap();
+    assert_eq!(status, 200);
+    client.perform("stop", "m");
+    assert_eq!(lab.network().members(TestNetwork::BRIDGE).unwrap(), "");
     assert!(host.terminate().unwrap().success());
     assert_finished(&lab);
 }
@@ -421,8 +594,8 @@ fn archive_is_refused_when_it_is_damaged_and_nothing_is_made() {
     assert!(!folder_of(&lab, "n").exists());
     lab.cwd().change_host_yaml(all, none).unwrap();
     succeeds(&lab.run(&import).unwrap());
-    let (mut host, mut client) = served(&lab);
-    does(&mut client, "restore_start", "n");
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.perform("restore_start", "n");
     assert!(probe(&lab, "n", &ip).first_count(SOON).unwrap() > 1);
     assert!(host.terminate().unwrap().success());
     assert_finished(&lab);

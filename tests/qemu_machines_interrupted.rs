@@ -240,3 +240,47 @@ fn interrupted_command_leaves_its_machine_as_it_was() {
     assert_eq!(names(), expected);
     lab.assert_clean();
 }
+
+#[test]
+fn snapshot_is_finished_when_a_host_starts_or_ends_during_it() {
+    let lab = lab();
+    let made = host::run_command(creation(&lab, &["--ready-after", "1"])).unwrap();
+    assert_eq!(made.code, Some(0), "{made:?}");
+    // The standby of a host has the machine's address, and so would the guest of the snapshot.
+    lab.ahead("standby: on").unwrap();
+    let memory = lab.cwd().root().join("machines/m/memory.zst");
+    let taking = |lab: &Lab| {
+        let mut command = host::command(lab.cwd()).unwrap();
+        command.args(["-v", "machine", "snapshot", "m", "--ready-after", "3"]);
+        let mut taking = Creating::run(command);
+        taking.wait_for("waiting for");
+        taking
+    };
+    let before = fs::read(&memory).unwrap();
+    let started = taking(&lab);
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    let held = client.machine("m").unwrap();
+    assert_eq!(
+        (&held["disabled_reason"], &held["state"]),
+        (&"its snapshot is taken anew".into(), &"poweroff".into())
+    );
+    let (code, log) = started.end();
+    assert_eq!(code, Some(0), "{log}");
+    let after = fs::read(&memory).unwrap();
+    assert_ne!(before, after);
+    assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+
+    let ended = taking(&lab);
+    assert!(host.terminate().unwrap().success());
+    let (code, log) = ended.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert_ne!(fs::read(&memory).unwrap(), after);
+    let mut host = lab.host().unwrap();
+    assert_eq!(host.client().unwrap().machine("m").unwrap()["disabled"], false);
+    assert!(host.terminate().unwrap().success());
+    lab.assert_clean();
+}

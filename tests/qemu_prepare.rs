@@ -45,14 +45,8 @@ fn served(lab: &Lab) -> (RunningHost, Client) {
 }
 
 #[track_caller]
-fn does(client: &mut Client, action: &str) {
-    let answer = client.act(action, "m").unwrap();
-    assert_eq!(answer, json!({"success": true}), "{action}");
-}
-
-#[track_caller]
 fn prepare(client: &mut Client) {
-    does(client, "prepare");
+    client.perform("prepare", "m");
 }
 
 fn ready(client: &mut Client) -> Value {
@@ -79,7 +73,7 @@ fn until_ready(client: &mut Client, mode: &str) {
 /// Restores the machine, and checks that the guest begins at the snapshot and continues.
 #[track_caller]
 fn restores(lab: &Lab, client: &mut Client) {
-    does(client, "restore_start");
+    client.perform("restore_start", "m");
     let machine = lab.folder("m");
     let first = machine.first_count(SOON).unwrap();
     assert_eq!(first, lab.restored_count().unwrap(), "the guest does not begin at the snapshot");
@@ -134,9 +128,9 @@ fn instant_restores_begin_at_the_snapshot_and_do_not_change_the_template() {
     let ram = lab.template("m").join("ram");
     let before = (hash(&ram), made(&lab));
     for _ in 0..500 {
-        does(&mut client, "restore_start");
+        client.perform("restore_start", "m");
         assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
-        does(&mut client, "stop");
+        client.perform("stop", "m");
     }
     restores_by(&lab, &mut client, &host, "instant");
     assert_eq!((hash(&ram), made(&lab)), before);
@@ -160,7 +154,7 @@ fn standby_is_reported_as_powered_off_and_replaced_after_each_run() {
         assert_eq!(client.act("acpi_stop", "m").unwrap()["success"], true);
         restores_by(&lab, &mut client, &host, "standby");
         assert_eq!(lab.qemu_of("m").unwrap(), standing_by);
-        does(&mut client, "stop");
+        client.perform("stop", "m");
     }
     until_ready(&mut client, "standby");
     let ready = ready(&mut client);
@@ -246,10 +240,10 @@ fn restore_uses_the_new_snapshot_when_it_was_replaced() {
         let before = made(&lab);
         fs::rename(&later, &lab.folder("m").snapshot).unwrap();
         for _ in 0..2 {
-            does(&mut client, "restore_start");
+            client.perform("restore_start", "m");
             let first = lab.folder("m").first_count(SOON).unwrap();
             assert!(first > lab.restored_count().unwrap() + 15, "{first} is of the snapshot before");
-            does(&mut client, "stop");
+            client.perform("stop", "m");
             prepare(&mut client);
             assert_ne!(made(&lab), before);
         }
@@ -286,12 +280,12 @@ fn template_and_standby_are_made_again_when_a_file_was_changed() {
         change(&lab);
         restores(&lab, &mut client);
         assert!(host.log()[log..].contains(words), "not logged: {words}");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
         is_ready(&mut client, "standby");
         assert_ne!(made(&lab), before, "{words}");
         restores_by(&lab, &mut client, &host, "standby");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
     }
     ends_well(&lab, &mut host);
@@ -323,7 +317,7 @@ fn template_is_built_again_when_arguments_or_version_differ_at_the_next_start() 
         let mut host = lab.host().unwrap();
         let mut client = host.client().unwrap();
         restores(&lab, &mut client);
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
         assert_ne!(made(&lab), before);
         before = made(&lab);
@@ -364,11 +358,11 @@ fn restore_is_plain_and_the_template_dropped_when_its_files_are_damaged() {
         harm(&lab.template("m"));
         println!("{what}");
         restores(&lab, &mut client);
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
         is_ready(&mut client, "instant");
         restores_by(&lab, &mut client, &host, "instant");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
     }
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
     ends_well(&lab, &mut host);
@@ -378,7 +372,7 @@ fn restore_is_plain_and_the_template_dropped_when_its_files_are_damaged() {
         harm(&lab.template("m"));
         println!("{what}");
         restores_by(&lab, &mut client, &host, "plain");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
         is_ready(&mut client, "standby");
     }
@@ -408,7 +402,7 @@ fn restore_works_without_a_template_when_its_disk_fills_up() {
     assert_eq!(readiness["mode"], "plain");
     assert!(readiness["reason"].as_str().unwrap().contains("is full"), "{readiness}");
     restores(&lab, &mut client);
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     // From now on a build does not even begin.
     prepare(&mut client);
     let readiness = ready(&mut client);
@@ -443,7 +437,7 @@ fn unfinished_template_is_removed_when_its_host_was_killed() {
     let (mut host, mut client) = served(&lab);
     is_ready(&mut client, "standby");
     assert!(!unfinished.exists());
-    does(&mut client, "restore_start");
+    client.perform("restore_start", "m");
     ends_well(&lab, &mut host);
 }
 
@@ -451,7 +445,7 @@ fn unfinished_template_is_removed_when_its_host_was_killed() {
 fn build_is_cancelled_by_a_stop_and_by_the_end_of_the_host() {
     let (lab, mut host, mut client) = slowly_built();
     begin_to_build(&mut client);
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     lab.assert_clean();
     assert!(!lab.template("m").exists(), "the build went on");
     begin_to_build(&mut client);
@@ -478,7 +472,7 @@ fn standby_is_replaced_a_limited_number_of_times_when_it_dies() {
         is_ready(&mut client, "instant");
     }
     restores_by(&lab, &mut client, &host, "instant");
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");
     ends_well(&lab, &mut host);
@@ -497,7 +491,7 @@ fn standby_is_ended_when_a_file_of_its_machine_is_missing() {
         fs::rename(&away, snapshot).unwrap();
         client.act("enable_machine", "m").unwrap();
         restores(&lab, &mut client);
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         ends_well(&lab, &mut host);
     }
 }
@@ -533,7 +527,7 @@ fn template_is_built_a_limited_number_of_times_when_it_never_loads() {
     for _ in 0..3 {
         is_ready(&mut client, "instant");
         restores_by(&lab, &mut client, &host, "plain");
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         prepare(&mut client);
     }
     let readiness = ready(&mut client);
@@ -554,16 +548,16 @@ fn restore_is_instant_when_the_standby_hangs() {
 #[test]
 fn standby_is_discarded_by_a_stop_and_by_a_cold_start() {
     let (lab, mut host, mut client) = prepared(STANDBY);
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     lab.assert_clean();
     is_ready(&mut client, "instant");
     restores_by(&lab, &mut client, &host, "instant");
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     until_ready(&mut client, "standby");
-    does(&mut client, "norestore_start");
+    client.perform("norestore_start", "m");
     let first = lab.folder("m").first_count(SOON).unwrap();
     assert!(first < lab.restored_count().unwrap(), "not a cold boot: {first}");
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");
     ends_well(&lab, &mut host);
@@ -573,7 +567,7 @@ fn standby_is_discarded_by_a_stop_and_by_a_cold_start() {
 fn standby_follows_when_a_guest_powers_itself_off() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     restores(&lab, &mut client);
-    does(&mut client, "acpi_stop");
+    client.perform("acpi_stop", "m");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");
     ends_well(&lab, &mut host);

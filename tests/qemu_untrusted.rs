@@ -10,9 +10,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::requirement;
 use machinery_testkit::snapshot::SnapshotFormat;
@@ -24,17 +22,6 @@ fn lab(machines: &[(&str, Guest)]) -> Lab {
     let machines: Vec<_> =
         machines.iter().map(|(name, guest)| (*name, *guest, SnapshotFormat::Lz4)).collect();
     Lab::new(&machines).unwrap()
-}
-
-fn served(lab: &Lab) -> (RunningHost, Client) {
-    let host = lab.host().unwrap();
-    let client = host.client().unwrap();
-    (host, client)
-}
-
-#[track_caller]
-fn does(client: &mut Client, action: &str, machine: &str) {
-    assert_eq!(client.act(action, machine).unwrap(), json!({"success": true}), "{action} of {machine}");
 }
 
 /// Adds arguments, and keeps VMCloak's other keys.
@@ -73,7 +60,7 @@ fn foreign_folder_runs_nothing_when_it_is_imported_checked_and_served() {
     let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     lab.ahead(STANDBY).unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     for action in ["prepare", "restore_start", "norestore_start"] {
         assert_eq!(client.act(action, "m").unwrap()["success"], false, "{action}");
     }
@@ -83,8 +70,8 @@ fn foreign_folder_runs_nothing_when_it_is_imported_checked_and_served() {
             assert!(said.contains(word), "{word} is not in {said}");
         }
     }
-    does(&mut client, "restore_start", "n");
-    does(&mut client, "stop", "n");
+    client.perform("restore_start", "n");
+    client.perform("stop", "n");
     assert!(host.terminate().unwrap().success());
     assert!(!marker.exists() && !written.exists());
     lab.assert_clean();
@@ -96,11 +83,11 @@ fn unsafe_arguments_run_when_the_operator_accepts_them() {
     let marker = add_script(&lab, "m");
     lab.accept_unsafe_args("m").unwrap();
     // A jail starts no helper of the arguments, whether the operator accepts them or not.
-    let (mut jailed, mut client) = served(&lab);
+    let (mut jailed, mut client) = lab.serve().unwrap();
     assert_eq!(client.act("norestore_start", "m").unwrap()["success"], false);
     assert!(jailed.terminate().unwrap().success() && !marker.exists());
     lab.set_jail("off").unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let machine = client.machine("m").unwrap();
     assert!(machine["warnings"].to_string().contains("unsafe_start_args"), "{machine}");
     assert!(!marker.exists());
@@ -145,7 +132,7 @@ fn replace_disk(lab: &Lab, options: &[&str]) {
 fn assert_disk_is_refused(lab: &Lab, options: &[&str], words: &[&str]) {
     let disk = lab.folder("m").disk.clone();
     let sound = fs::read(&disk).unwrap();
-    let (mut host, mut client) = served(lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     replace_disk(lab, options);
     for action in ["restore_start", "norestore_start"] {
         let answer = client.act(action, "m").unwrap().to_string();
@@ -155,7 +142,7 @@ fn assert_disk_is_refused(lab: &Lab, options: &[&str], words: &[&str]) {
     assert!(host.terminate().unwrap().success());
     let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
-    let (mut host, mut client) = served(lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let reason = client.machine("m").unwrap()["disabled_reason"].to_string();
     for word in words.iter().copied().chain([disk.to_str().unwrap()]) {
         assert!(check.stdout.contains(word) && reason.contains(word), "{word}: {reason}\n{}", check.stdout);

@@ -42,16 +42,11 @@ fn change_args(lab: &Lab, change: impl FnOnce(&mut Vec<String>)) {
     fs::write(file, info.to_string()).unwrap();
 }
 
-#[track_caller]
-fn does(client: &mut Client, action: &str) {
-    assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
-}
-
 /// Restores the machine, and checks that the guest begins at the snapshot and that the serial port's file is in the
 /// machine's own folder.
 #[track_caller]
 fn restores(lab: &Lab, client: &mut Client) {
-    does(client, "restore_start");
+    client.perform("restore_start", "m");
     let count = guest::master(lab.qemu(), Guest::Vmcloak).unwrap().snapshot_count().unwrap();
     assert_eq!(lab.folder("m").first_count(SOON).unwrap(), count + 1);
 }
@@ -71,11 +66,11 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
         let mut host = lab.host().unwrap();
         let mut client = host.client().unwrap();
         for _ in 0..2 {
-            does(&mut client, "prepare");
+            client.perform("prepare", "m");
             let ready = client.machine("m").unwrap()["ready"].clone();
             assert_eq!(ready["mode"], mode, "{ready}");
             restores(&lab, &mut client);
-            does(&mut client, "stop");
+            client.perform("stop", "m");
         }
         let list = lab.run(&["list"]).unwrap();
         let (listed, log) = (format!("{}{}", list.stdout, list.stderr), host.log());

@@ -33,6 +33,7 @@
 //! | `http` | the HTTP server of the exporter and of the wall |
 //! | [`client`] | the blocking client of the socket |
 //! | [`cwd`], [`cwd_lock`] | the paths in Cuckoo's working directory, and its lock |
+//! | `jail` | the confinement of the host's own programs |
 //! | [`exit`] | plugins that call `exit()` |
 //! | [`service_manager`] | the notifications to systemd |
 //! | `limits`, [`logging`] | the limit of open files, and the log |
@@ -52,6 +53,7 @@ pub mod exit;
 pub mod exporter;
 pub mod fleet;
 mod http;
+mod jail;
 mod limits;
 pub mod load;
 pub mod logging;

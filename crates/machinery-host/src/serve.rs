@@ -37,14 +37,15 @@ use crate::actions::metrics::Metrics;
 use crate::actions::queues::Queues;
 use crate::capture;
 use crate::client_file::Folders;
+use crate::commands::machine;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder, make_state_folder};
 use crate::cwd_lock::lock;
 use crate::events::Events;
 use crate::exit;
 use crate::exporter;
-use crate::fleet::Fleet;
 use crate::fleet::state_file::StateStore;
+use crate::fleet::{Fleet, Roster};
 use crate::limits;
 use crate::load;
 use crate::manager::Manager;
@@ -155,6 +156,7 @@ async fn manager(
     resume_runs(&fleet, queues.context()).await;
     leave_foreign_runs_alone(&fleet);
     queues.context().disable_quarantined(&fleet.roster()).await;
+    hold_machines(cwd, &fleet.roster());
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
     let reloader = Reloader::new(
         cwd.clone(),
@@ -166,6 +168,17 @@ async fn manager(
         events.clone(),
     )?;
     Ok(Manager::new(fleet, queues, reloader, metrics, state, events, replacement))
+}
+
+/// Holds the machines whose files a command replaces at present.
+fn hold_machines(cwd: &Cwd, roster: &Roster) {
+    let held = machine::held_entries(cwd);
+    for machine in roster.machines().iter().filter(|found| found.machinery.name == machine::MACHINERY) {
+        let info = machine.info();
+        if held.contains(info.clone_of.as_ref().unwrap_or(&info.name)) {
+            machine.hold(machine::HELD);
+        }
+    }
 }
 
 async fn serve(

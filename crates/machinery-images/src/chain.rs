@@ -33,10 +33,22 @@ impl Chain {
     /// A file of the chain is missing or unreadable; the error names it, and the file that refers to it. Or the chain
     /// does not end.
     pub fn of(path: &Path, format: Option<&str>) -> Result<Chain> {
+        Chain::walk(path, format, |_| false)
+    }
+
+    /// Resolves the chain as [`of`](Chain::of) does, as far as its files exist. A missing file is the last one.
+    ///
+    /// # Errors
+    /// A file of the chain is unreadable, or the chain does not end.
+    pub fn as_far_as_it_exists(path: &Path, format: Option<&str>) -> Result<Chain> {
+        Chain::walk(path, format, is_missing)
+    }
+
+    fn walk(path: &Path, format: Option<&str>, ends_at: impl Fn(&Path) -> bool) -> Result<Chain> {
         let mut chain = Chain { files: Vec::new(), remote: None };
         let mut next = Some((path.to_owned(), format.map(str::to_owned)));
         while let Some((image, format)) = next.take() {
-            let header = chain.header(&image, format.as_deref())?;
+            let header = if ends_at(&image) { None } else { chain.header(&image, format.as_deref())? };
             chain.files.push(image.clone());
             if chain.files.len() > MAX_FILES {
                 return Err(endless(path));
@@ -74,6 +86,10 @@ impl Chain {
             }
         })
     }
+}
+
+fn is_missing(path: &Path) -> bool {
+    std::fs::metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// Resolves a name; a relative name starts at the folder of the image whose header has it.
@@ -171,6 +187,8 @@ mod tests {
         let top = overlay(folder.path(), "top", "gone.raw", "raw");
         let text = Chain::of(&top, None).unwrap_err().to_string();
         assert!(text.contains("top") && text.contains("gone.raw") && text.contains("rebase"), "{text}");
+        let existing = Chain::as_far_as_it_exists(&top, None).unwrap();
+        assert_eq!(names(&existing), ["top", "gone.raw"]);
     }
 
     #[test]

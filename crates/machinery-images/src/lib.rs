@@ -1,4 +1,4 @@
-//! Reads disk images for plugins: their identities, their headers and their bases.
+//! Reads disk images for plugins and the host: their identities, their headers and their bases.
 //!
 //! A plugin compares identities before each restore. This crate therefore reads only a few small blocks, and
 //! starts no process. It reads headers only; `qemu-img` creates and changes images.

@@ -142,6 +142,19 @@ impl Client {
         self.ask(json!({"action": action, "machine": machine}))
     }
 
+    /// Requests an action on a machine, and expects its success.
+    ///
+    /// # Panics
+    /// The action fails, or has no answer.
+    #[track_caller]
+    #[allow(clippy::panic)] // The test has to fail.
+    pub fn perform(&mut self, action: &str, machine: &str) {
+        match self.act(action, machine) {
+            Ok(answer) if answer == json!({"success": true}) => {}
+            other => panic!("{action} of {machine}: {other:?}"),
+        }
+    }
+
     /// Subscribes to events.
     pub fn subscribe(&mut self) -> Result<()> {
         let answer = self.ask(json!({"action": "subscribe"}))?;

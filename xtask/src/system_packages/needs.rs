@@ -42,7 +42,7 @@ const DEBOOTSTRAP: Need = Need {
 };
 
 /// The needs of the tests and of the demo.
-pub const NEEDS: [Need; 17] = [
+pub const NEEDS: [Need; 18] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -56,6 +56,13 @@ pub const NEEDS: [Need; 17] = [
         args: VERSION,
         packages: &["qemu-utils"],
         why: "makes their disks",
+    },
+    Need {
+        what: "OVMF",
+        program: "ls",
+        args: &["/usr/share/OVMF/OVMF_CODE_4M.fd"],
+        packages: &["ovmf"],
+        why: "boots a machine by UEFI",
     },
     Need {
         what: "libvirtd",

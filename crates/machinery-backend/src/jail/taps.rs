@@ -11,6 +11,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use machinery::{Deadline, Error, Result};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::geteuid;
 
 use crate::process;
 
@@ -68,8 +69,13 @@ pub(crate) fn open_named(name: &str, has_header: bool) -> Result<(OwnedFd, Strin
 /// The helper refuses or fails; the error has its message.
 pub fn in_bridge(helper: &Path, bridge: &str, deadline: Deadline) -> Result<OwnedFd> {
     let failed = |why: &str| {
-        Error::environment(format!("{} makes no tap in the bridge {bridge}: {why}", helper.display()))
-            .advice("Create the bridge, and allow it in /etc/qemu/bridge.conf")
+        let program = helper.display();
+        let rights = match geteuid().is_root() {
+            true => String::new(),
+            false => format!(". Without root, the helper needs its rights: chmod u+s {program}"),
+        };
+        Error::environment(format!("{program} makes no tap in the bridge {bridge}: {why}"))
+            .advice(format!("Create the bridge, and allow it in /etc/qemu/bridge.conf{rights}"))
     };
     let (own, its) = UnixStream::pair().map_err(|error| failed(&error.to_string()))?;
     let mut command = machinery::command(helper);

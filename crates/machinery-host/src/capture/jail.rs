@@ -7,13 +7,13 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use machinery::trust::expect_trusted;
-use machinery::{Error, Result};
+use machinery::Result;
 use machinery_jail::{Network, Policy};
 use rustix::fs::{Access, access};
 use rustix::process::geteuid;
 
 use super::settings::{Jail, Settings};
+use crate::jail;
 
 /// Files that tcpdump reads: accounts, to change its user, and what the kernel says of interfaces. Source: libpcap's
 /// pcap-linux.c.
@@ -33,11 +33,6 @@ pub fn command(settings: &Settings) -> Result<Command> {
         command.env(LOCALE.0, LOCALE.1);
         return Ok(command);
     }
-    let helper = machinery_jail::installed().map_err(|error| {
-        Error::environment(format!("{error}, which confines tcpdump"))
-            .advice("Install it beside the plugins, or set capture_jail: off in machinery-host.yaml")
-    })?;
-    expect_trusted(&helper)?;
     let read = READ.map(PathBuf::from).into_iter().filter(|path| path.exists());
     let policy = Policy {
         read: read.collect(),
@@ -45,9 +40,5 @@ pub fn command(settings: &Settings) -> Result<Command> {
         environment: vec![(LOCALE.0.to_owned(), LOCALE.1.to_owned())],
         ..Policy::default()
     };
-    let policy = serde_json::to_string(&policy);
-    let policy = policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
-    let mut command = machinery::command(&helper);
-    command.arg(policy).arg(&settings.tcpdump);
-    Ok(command)
+    jail::command(&settings.tcpdump, &policy, "capture_jail: off")
 }

@@ -20,6 +20,7 @@ use serde_yaml::{Mapping, Value};
 use addresses::check_addresses;
 
 use crate::capture;
+use crate::commands::machine;
 use crate::config::Config;
 use crate::cuckoo;
 use crate::cwd::{Cwd, expect_own_state};
@@ -56,6 +57,9 @@ pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report
         }
         for conflict in conflicts(&plugins) {
             report.problem(&conflict);
+        }
+        if config.machineries.iter().any(|name| name == machine::MACHINERY) {
+            machine::check_installed_disks(cwd, &mut report);
         }
         check_names(cwd, &config, &mut report);
         check_addresses(cwd, &config, &mut report);

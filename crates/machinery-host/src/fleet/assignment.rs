@@ -14,11 +14,12 @@ impl Machine {
     pub fn restore_availability(&self, availability: Availability) {
         let mut status = self.lock_status();
         // The host may have disabled the machine since its start.
-        let Availability { disabled, quarantine, unusable, .. } = std::mem::take(&mut status.availability);
+        let Availability { disabled, quarantine, held, unusable, .. } =
+            std::mem::take(&mut status.availability);
         let disabled = availability.disabled.or(disabled);
         let saved = availability.quarantine.map(Quarantine::resumed);
         let quarantine = saved.or(quarantine).filter(|_| disabled.is_none());
-        status.availability = Availability { disabled, quarantine, unusable, ..availability };
+        status.availability = Availability { disabled, quarantine, held, unusable, ..availability };
     }
 
     /// Locks the machine for a task. Returns whether the lock is new.
@@ -117,12 +118,39 @@ impl Machine {
         let mut status = self.lock_status();
         // The operator who enables it has looked at the plugin.
         status.plugin_faults = 0;
-        let was_disabled = status.availability.disabled.take().is_some();
+        let was_held = status.availability.held.take().is_some();
+        let was_disabled = status.availability.disabled.take().is_some() || was_held;
         if status.availability.quarantine.take().is_some() || was_disabled {
             tracing::info!(machine = self.name(), "machine enabled");
             self.notify_idle_work();
             self.events.send(Event::Enabled { machine: self.name().to_owned() });
         }
+    }
+
+    /// Takes the machine out of the pool until it is released. It keeps everything else, such as a quarantine, which waits
+    /// meanwhile.
+    pub fn hold(&self, reason: &str) {
+        let mut status = self.lock_status();
+        let was_in_pool = status.availability.disabled_reason().is_none();
+        status.availability.held = Some(reason.to_owned());
+        tracing::info!(machine = self.name(), reason, "machine held");
+        if was_in_pool {
+            self.events.send(Event::Disabled { machine: self.name().to_owned(), reason: reason.to_owned() });
+        }
+        self.notify_idle_work();
+    }
+
+    /// Releases a machine that is held.
+    pub fn release(&self) {
+        let mut status = self.lock_status();
+        if status.availability.held.take().is_none() {
+            return;
+        }
+        tracing::info!(machine = self.name(), "machine released");
+        if status.availability.disabled_reason().is_none() {
+            self.events.send(Event::Enabled { machine: self.name().to_owned() });
+        }
+        self.notify_idle_work();
     }
 
     /// Records the plugin's diagnosis. A machine that the plugin cannot use leaves the pool until it can be
@@ -142,8 +170,9 @@ impl Machine {
             None => tracing::info!(machine = self.name(), "machine can be used again"),
         }
         status.availability.unusable.clone_from(&unusable);
-        // A machine that an operator or an error has taken out of the pool stays out of it, for the same reason.
-        if status.availability.disabled.is_some() || status.availability.quarantine.is_some() {
+        // A machine that is out of the pool for another reason stays out of it, for the same reason.
+        let Availability { disabled, quarantine, held, .. } = &status.availability;
+        if disabled.is_some() || quarantine.is_some() || held.is_some() {
             return self.notify_idle_work();
         }
         let machine = self.name().to_owned();
@@ -272,5 +301,35 @@ mod tests {
             assert!(is_woken(&machine).await, "a try may be possible now");
             assert!(names(&mut events).is_empty());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn held_machine_is_afterwards_as_it_was_before() {
+        for before in [
+            Availability::default(),
+            Availability { disabled: Some("by hand".into()), ..Availability::default() },
+            Availability { quarantine: Some(Quarantine::new("killed")), ..Availability::default() },
+        ] {
+            let (machine, mut events) = machine();
+            machine.lock_status().availability = before.clone();
+            let (was_out, try_at) = (before.disabled_reason().is_some(), machine.next_try());
+            machine.hold("held");
+            assert_eq!(machine.status().availability.disabled_reason(), Some("held"));
+            assert!(machine.lock(&lock("t")).is_err() && machine.next_try().is_none());
+            machine.restore_availability(before.clone());
+            assert_eq!(machine.status().availability.disabled_reason(), Some("held"));
+            machine.release();
+            machine.release();
+            assert_eq!(
+                (machine.status().availability, machine.next_try().is_some()),
+                (before, try_at.is_some())
+            );
+            let expected = if was_out { vec![] } else { vec!["disabled", "enabled"] };
+            assert_eq!(names(&mut events), expected);
+        }
+        let (machine, _events) = machine();
+        machine.hold("held");
+        machine.enable();
+        assert_eq!(machine.status().availability.disabled_reason(), None);
     }
 }

@@ -85,6 +85,10 @@ pub struct Availability {
     /// True if that run is lost. Otherwise its errors make it incomplete.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub run_lost: bool,
+    /// The reason why a command holds the machine. It is out of the pool until the command releases it, and then as it was
+    /// before. A new host determines this anew.
+    #[serde(skip)]
+    pub held: Option<String>,
     /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
     #[serde(skip)]
     pub unusable: Option<String>,
@@ -155,7 +159,7 @@ impl Availability {
     /// Returns the reason why the machine is out of the pool, if it is.
     pub fn disabled_reason(&self) -> Option<&str> {
         let failed = self.quarantine.as_ref().map(|quarantine| quarantine.reason.as_str());
-        self.disabled.as_deref().or(failed).or(self.unusable.as_deref())
+        self.held.as_deref().or(self.disabled.as_deref()).or(failed).or(self.unusable.as_deref())
     }
 
     /// Returns the rank of the machine for this lock: 0 if the task has it, 1 if it is reserved, 2 otherwise.

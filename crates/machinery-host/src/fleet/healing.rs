@@ -65,13 +65,14 @@ impl Machine {
         }
     }
 
-    /// Returns the time of the next try, unless the machine is not in quarantine, or must be left alone: a task has
-    /// it, its plugin cannot use it, or it runs for somebody.
+    /// Returns the time of the next try, unless the machine is not in quarantine, or must be left alone: a task or a
+    /// command has it, its plugin cannot use it, or it runs for somebody.
     pub fn next_try(&self) -> Option<Instant> {
         let status = self.lock_status();
         let availability = &status.availability;
         let runs = !matches!(status.state, State::Poweroff | State::Error);
         let is_needed = availability.lock.is_some()
+            || availability.held.is_some()
             || availability.unusable.is_some()
             || runs && (status.started_well || !status.own_run);
         let quarantine = availability.quarantine.as_ref().filter(|quarantine| !quarantine.is_left_alone);

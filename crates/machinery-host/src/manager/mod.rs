@@ -228,6 +228,16 @@ impl Manager {
         self.unsaved(machine)
     }
 
+    /// Takes the machine out of the pool until it is released.
+    pub fn hold_machine(&self, machine: &Machine, reason: &str) {
+        machine.hold(reason);
+    }
+
+    /// Releases a machine that is held, which then is as it was before.
+    pub fn release_machine(&self, machine: &Machine) {
+        machine.release();
+    }
+
     /// Locks the machine for a task. Waits while a reload is applied.
     ///
     /// # Errors

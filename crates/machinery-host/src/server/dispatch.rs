@@ -61,6 +61,7 @@ impl Dispatcher {
                 let disabled = self.manager.disable_machine(machine, &reason);
                 self.reply_when_saved(disabled, id).await;
             }
+            Request::Hold(machine, reason) => self.hold(&machine, reason.as_deref(), id).await,
             Request::Lock(machine, lock) => {
                 let locked = self.manager.lock(machine, lock).await;
                 self.reply_when_locked(locked, id).await;
@@ -98,11 +99,21 @@ impl Dispatcher {
             }
             Request::Upgrade => self.upgrade(id).await,
             Request::Shutdown => self.shutdown(id).await,
-            Request::SetEnabled(enabled) => {
-                self.manager.set_enabled(enabled);
-                self.outbox.reply(reply::success(), id).await;
-            }
+            Request::SetEnabled(enabled) => self.set_enabled(enabled, id).await,
         }
+    }
+
+    async fn hold(&self, machine: &Machine, reason: Option<&str>, id: Id) {
+        match reason {
+            Some(reason) => self.manager.hold_machine(machine, reason),
+            None => self.manager.release_machine(machine),
+        }
+        self.outbox.reply(reply::success(), id).await;
+    }
+
+    async fn set_enabled(&self, enabled: bool, id: Id) {
+        self.manager.set_enabled(enabled);
+        self.outbox.reply(reply::success(), id).await;
     }
 
     async fn upgrade(&self, id: Id) {

@@ -31,6 +31,8 @@ const WORDS: &[&str] = &[
     "console",
     "enable_machine",
     "disable_machine",
+    "hold_machine",
+    "release_machine",
     "disable",
     "enable",
     "wait_idle",

@@ -31,6 +31,8 @@ pub enum Request {
     EnableMachine(Arc<Machine>),
     /// Take the machine out of the pool, for this reason.
     DisableMachine(Arc<Machine>, String),
+    /// Take the machine out of the pool until it is released, for this reason; without one, release it.
+    Hold(Arc<Machine>, Option<String>),
     /// Lock the machine for a task.
     Lock(Arc<Machine>, TaskLock),
     /// Release the machine's lock; with a task, only that task's.
@@ -180,6 +182,8 @@ pub fn request(
         "console" => Ok(Request::Console(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
+        "hold_machine" => Ok(Request::Hold(machine, Some(reason(object)?))),
+        "release_machine" => Ok(Request::Hold(machine, None)),
         "lock" => Ok(Request::Lock(machine, task_lock(object, sender)?)),
         "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
         "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
@@ -211,10 +215,8 @@ fn of_the_host(action: &str) -> Option<Request> {
 
 /// Reports whether a disabled manager accepts the action: one that ends something, or only reads.
 fn is_accepted_while_disabled(action: &str) -> bool {
-    matches!(
-        action,
-        "stop" | "state" | "console" | "enable_machine" | "disable_machine" | "unlock" | "unreserve"
-    )
+    let is_of_pool = matches!(action, "unlock" | "unreserve") || action.ends_with("_machine");
+    is_of_pool || matches!(action, "stop" | "state" | "console")
 }
 
 /// Returns a key's text. A missing key, null and an empty text are equivalent.

@@ -19,6 +19,7 @@ use machinery_jail::Support;
 use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
+use crate::client::Client;
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
@@ -194,6 +195,13 @@ impl Lab {
                 network.attach(command);
             }
         })
+    }
+
+    /// Starts a host for the lab, and connects to it.
+    pub fn serve(&self) -> Result<(RunningHost, Client)> {
+        let host = self.host()?;
+        let client = host.client()?;
+        Ok((host, client))
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.

@@ -45,6 +45,12 @@ pub struct Found {
     pub interface: Option<String>,
 }
 
+/// Returns the interface of the first machine that has one.
+pub fn interface_of(machines: &[Machine]) -> Option<String> {
+    let mut keys = machines.iter().flat_map(|machine| &machine.keys);
+    keys.find(|(key, _)| *key == "interface").and_then(|(_, value)| value.as_str()).map(str::to_owned)
+}
+
 /// A machine to add to the file.
 #[derive(Debug)]
 pub struct Machine {

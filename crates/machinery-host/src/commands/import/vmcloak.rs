@@ -12,7 +12,7 @@ use machinery::{Error, Place, Result};
 use serde_json::Value as Json;
 use serde_yaml::Value;
 
-use super::entry::{Found, Machine, Origin};
+use super::entry::{Found, Machine, Origin, interface_of};
 use super::outcome::collect_all;
 
 /// The name of the file that describes a machine.
@@ -57,8 +57,10 @@ pub struct Vmcloak {
 pub fn find(vmcloak: &Vmcloak) -> Result<Found> {
     let folders = find_folders(&vmcloak.folders)?;
     let name = |folder: &Path| folder.file_name().unwrap_or(folder.as_os_str()).display().to_string();
+    let machines = collect_all(folders.files.iter().map(|path| read(path)))?;
     Ok(Found {
-        machines: collect_all(folders.files.iter().map(|path| read(path)))?,
+        interface: interface_of(&machines),
+        machines,
         left_out: folders
             .unfinished
             .iter()

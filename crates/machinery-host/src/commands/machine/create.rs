@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::find_interface;
 use machinery::{Error, Result};
+use machinery_images::MAGIC;
 use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
+use super::base::identify;
 use super::context::Context;
-use super::dependents::{QCOW2, expect_no_disk_of_machine};
+use super::dependents::expect_no_disk_of_machine;
 use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::isolation::{BRIDGE, Isolation};
@@ -86,6 +88,7 @@ fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result
         start_args: Vec::new(),
         base: Some(base.to_owned()),
         guest_ip: None,
+        base_files: identify(base)?,
     }))
 }
 
@@ -93,10 +96,10 @@ fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result
 fn base_disk(disk: &Path) -> Result<PathBuf> {
     let failed = |error| Error::io("open the disk", disk, &error);
     let real = fs::canonicalize(disk).map_err(failed)?;
-    let mut magic = [0; QCOW2.len()];
+    let mut magic = [0; MAGIC.len()];
     let read = File::open(&real).and_then(|mut file| file.read_exact(&mut magic));
     match read {
-        Ok(()) if magic == *QCOW2 => Ok(real),
+        Ok(()) if magic == *MAGIC => Ok(real),
         Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
         _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
             .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),

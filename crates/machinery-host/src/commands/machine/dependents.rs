@@ -1,37 +1,73 @@
 //! The machines of the configuration that need files of another one.
 //!
-//! A machine needs its disk, its snapshot and its description. It needs all disks below its disk, too, and those of the
-//! disk from which it was made.
+//! A machine needs its disk, its snapshot and its description, and each file that its arguments name. It needs the disk
+//! from which it was made, too, and all files on which these disks depend.
 
-use std::fs::File;
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
+use machinery_images::Chain;
 use serde_json::Value as Json;
 
 use super::info::{Entry, Info, entries, real};
 use crate::cwd::Cwd;
 
-/// The beginning of a qcow2 file, and the maximum length of the name of the disk below it. Source: QEMU's
-/// docs/interop/qcow2.txt.
-pub const QCOW2: &[u8; 4] = b"QFI\xfb";
-const MAX_NAME: usize = 1023;
-/// The maximum number of disks that depend on each other.
-const MAX_DEPTH: usize = 100;
+/// The format in which QEMU opens a machine's disk.
+const QCOW2: Option<&str> = Some("qcow2");
 
 /// Returns the real paths of all files that the machine needs.
 fn needs(entry: &Entry) -> Result<Vec<PathBuf>> {
     let mut needs = entry.files();
     if let Some(disk) = entry.paths.first() {
-        needs.extend(chain(disk)?);
+        needs.extend(chain(disk, QCOW2)?);
     }
-    let folder = entry.paths.last().and_then(|path| path.parent());
-    let base = folder.and_then(|folder| Info::read(folder).ok()?.machine.base);
-    needs.extend(base.map_or_else(|| Ok(Vec::new()), |base| chain(&base))?);
+    let Some(description) = entry.paths.last() else { return Ok(needs) };
+    let folder = description.parent().unwrap_or(Path::new("/"));
+    if let Some(base) = Info::read(folder).ok().and_then(|info| info.machine.base) {
+        needs.extend(chain(&base, QCOW2)?);
+    }
+    for file in named_files(description) {
+        needs.extend(chain(&file, None)?);
+    }
     Ok(needs)
+}
+
+/// Returns the existing files that the arguments in a machine's description name. QEMU runs in the description's folder.
+fn named_files(description: &Path) -> Vec<PathBuf> {
+    let text = std::fs::read(description).unwrap_or_default();
+    let content: Json = serde_json::from_slice(&text).unwrap_or_default();
+    let args = content["machine"]["start_args"].as_array().into_iter().flatten().filter_map(Json::as_str);
+    let folder = description.parent().unwrap_or(Path::new("/"));
+    args.flat_map(values).map(|value| folder.join(value)).filter(|path| path.is_file()).collect()
+}
+
+/// Returns the values in an argument of QEMU: those of its options, or all texts of its JSON. Two commas are one comma of a
+/// value. Source: QEMU's util/qemu-option.c.
+fn values(arg: &str) -> Vec<String> {
+    if let Ok(json) = serde_json::from_str::<Json>(arg.strip_prefix("json:").unwrap_or(arg)) {
+        return texts(&json);
+    }
+    let escaped = arg.replace(",,", "\0");
+    let options = escaped.split(',').map(|option| option.replace('\0', ","));
+    let value = |option: String| match option.split_once('=') {
+        Some((_, value)) if value.starts_with("json:") => values(value),
+        Some((_, value)) => vec![local(value)],
+        None => vec![local(&option)],
+    };
+    options.flat_map(value).collect()
+}
+
+fn texts(json: &Json) -> Vec<String> {
+    match json {
+        Json::String(text) => vec![local(text)],
+        Json::Array(items) => items.iter().flat_map(texts).collect(),
+        Json::Object(keys) => keys.values().flat_map(texts).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn local(name: &str) -> String {
+    name.strip_prefix("file:").unwrap_or(name).to_owned()
 }
 
 /// Returns the machines, besides this one, that need one of these files, or a file in one of these folders.
@@ -75,7 +111,7 @@ pub fn refuse<'a>(name: &str, dependents: impl Iterator<Item = &'a Entry>) -> Re
 /// # Errors
 /// It is or does, or this is not known.
 pub fn expect_no_disk_of_machine(cwd: &Cwd, disk: &Path) -> Result<()> {
-    let (chain, entries) = (chain(disk)?, entries(cwd)?);
+    let (chain, entries) = (chain(disk, QCOW2)?, entries(cwd)?);
     let owner = |path: &PathBuf| {
         let has = |entry: &&Entry| entry.paths.first().is_some_and(|own| real(own) == *path);
         Some((path.clone(), &entries.iter().find(has)?.name))
@@ -86,77 +122,32 @@ pub fn expect_no_disk_of_machine(cwd: &Cwd, disk: &Path) -> Result<()> {
         .advice("Make a copy of the disk, which depends on no other: qemu-img convert -O qcow2 OLD NEW"))
 }
 
-/// Returns the real paths of a disk and of all disks below it. It ends at a disk that is missing.
+/// Returns the real paths of a disk, and of all files on which it depends. It ends at a file that is missing.
 ///
 /// # Errors
-/// A disk cannot be read, or does not say in which file the next one is.
-pub fn chain(disk: &Path) -> Result<Vec<PathBuf>> {
-    let mut chain = Vec::new();
-    let mut next = Some(disk.to_owned());
-    while let Some(path) = next {
-        let own = real(&path);
-        if chain.contains(&own) || chain.len() == MAX_DEPTH {
-            return Err(Error::configuration(format!("{} depends on itself", disk.display())));
-        }
-        next = match below(&path) {
-            Ok(next) => next,
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::io("read the disk", &path, &error)),
-        };
-        chain.push(own);
+/// A file cannot be read, or depends on something that is no local file.
+pub fn chain(disk: &Path, format: Option<&str>) -> Result<Vec<PathBuf>> {
+    let chain = Chain::as_far_as_it_exists(disk, format)?;
+    match chain.remote {
+        None => Ok(chain.files.iter().map(|file| real(file)).collect()),
+        Some(remote) => Err(Error::configuration(format!("{} depends on {remote:?}", disk.display()))),
     }
-    Ok(chain)
-}
-
-/// Returns the path of the disk below this one.
-fn below(path: &Path) -> io::Result<Option<PathBuf>> {
-    let (mut file, mut header) = (File::open(path)?, [0; 20]);
-    if file.metadata()?.len() < header.len() as u64 {
-        return Ok(None);
-    }
-    file.read_exact(&mut header)?;
-    let number = |range: std::ops::Range<usize>| {
-        header[range].iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
-    };
-    let (at, length) = (number(8..16), number(16..20) as usize);
-    if !header.starts_with(QCOW2) || at == 0 || length == 0 {
-        return Ok(None);
-    }
-    let mut name = vec![0; length.min(MAX_NAME)];
-    file.read_exact_at(&mut name, at)?;
-    let unknown = || io::Error::other(format!("it depends on {:?}", String::from_utf8_lossy(&name)));
-    let named = named_file(&name).ok_or_else(unknown)?;
-    Ok(Some(path.parent().unwrap_or(Path::new("/")).join(named)))
-}
-
-/// Returns the path in QEMU's name of a file: a path, `file:PATH`, or `json:` with a description.
-fn named_file(name: &[u8]) -> Option<PathBuf> {
-    if let Some(text) = name.strip_prefix(b"json:") {
-        return filename_in(&serde_json::from_slice(text).ok()?).map(PathBuf::from);
-    }
-    let path = name.strip_prefix(b"file:").unwrap_or(name);
-    // A colon before the first slash ends the name of a protocol.
-    let is_protocol = path.split(|byte| *byte == b'/').next().is_some_and(|first| first.contains(&b':'));
-    (!is_protocol).then(|| PathBuf::from(std::ffi::OsStr::from_bytes(path)))
-}
-
-fn filename_in(node: &Json) -> Option<&str> {
-    let own = ["filename", "file.filename"].iter().find_map(|key| node[*key].as_str());
-    own.or_else(|| filename_in(node.get("file")?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::commands::machine::context::MACHINERY;
+    use machinery_images::MAGIC;
     use std::fs;
 
     /// Writes a qcow2 with this name of the disk below it.
     fn disk(path: &Path, below: &str) -> PathBuf {
-        let mut content = [&QCOW2[..], &[0, 0, 0, 3]].concat();
+        let mut content = [&MAGIC[..], &[0, 0, 0, 3]].concat();
         content.extend((if below.is_empty() { 0 } else { 104_u64 }).to_be_bytes());
         content.extend((below.len() as u32).to_be_bytes());
         content.resize(104, 0);
+        content[103] = 104;
         content.extend(below.as_bytes());
         fs::write(path, content).unwrap();
         path.to_owned()
@@ -180,22 +171,55 @@ mod tests {
     }
 
     #[test]
-    fn chain_has_all_disks_below_in_each_form_of_a_name() {
+    fn chain_has_all_files_and_is_unknown_when_one_is_remote() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| fs::canonicalize(folder.path()).unwrap().join(name);
         disk(&at("a"), "");
-        disk(&at("b"), "a");
-        disk(&at("c"), &format!("file:{}", at("b").display()));
-        let json = format!(r#"json:{{"driver":"qcow2","file":{{"filename":"{}"}}}}"#, at("c").display());
-        disk(&at("d"), &json);
-        std::os::unix::fs::symlink(at("d"), at("link")).unwrap();
-        let all = ["d", "c", "b", "a"].map(at);
-        assert_eq!(chain(&at("link")).unwrap(), all);
-        for unknown in ["nbd://host/disk", "json:{}", "json:{\"file\":null}", "rbd:pool/disk"] {
+        disk(&at("b"), &format!("file:{}", at("a").display()));
+        std::os::unix::fs::symlink(at("b"), at("link")).unwrap();
+        let chain = |path: &Path| super::chain(path, QCOW2);
+        assert_eq!(chain(&at("link")).unwrap(), ["b", "a"].map(at));
+        for unknown in ["nbd://host/disk", "json:{}", "rbd:pool/disk"] {
             assert!(chain(&disk(&at("e"), unknown)).is_err(), "{unknown}");
         }
-        assert!(chain(&disk(&at("f"), "f")).unwrap_err().to_string().contains("depends on itself"));
+        assert!(chain(&disk(&at("f"), "f")).unwrap_err().to_string().contains("may be a loop"));
         assert_eq!(chain(&disk(&at("g"), "none")).unwrap(), [at("g"), at("none")]);
+    }
+
+    #[test]
+    fn machine_has_dependents_when_their_arguments_or_data_files_need_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let cwd = cwd(folder.path(), &[("a", ""), ("b", "")]);
+        let at = |name: &str| folder.path().join(name);
+        let needs_a = || !dependents_of(&cwd, "a", &[at("a")]).unwrap().is_empty();
+        let described = |args: &[&str]| {
+            let description = serde_json::json!({"machine": {"start_args": args}});
+            fs::write(at("b/machineinfo.json"), description.to_string()).unwrap();
+        };
+        let data = at("a/data,1").display().to_string();
+        fs::write(&data, "").unwrap();
+        disk(&at("above"), "a/data,1");
+        let escaped = format!("if=virtio,file={},format=raw", data.replace(',', ",,"));
+        let json =
+            serde_json::json!({"driver": "raw", "file": {"driver": "file", "filename": data}}).to_string();
+        let nested = format!("id=d,file=json:{}", json.replace(',', ",,"));
+        for args in [
+            ["-drive", escaped.as_str()],
+            ["-blockdev", &json],
+            ["-drive", &nested],
+            ["-hdb", &format!("file:{data}").replace(',', ",,")],
+            ["-drive", "file=../above,if=ide"],
+        ] {
+            assert!(!needs_a());
+            described(&args);
+            assert!(needs_a(), "{args:?}");
+            described(&["-m", "32"]);
+        }
+        let mut make = std::process::Command::new("qemu-img");
+        let options = format!("data_file={}", at("a/data").display());
+        make.args(["create", "-q", "-f", "qcow2", "-o", &options]).arg(at("b/disk.qcow2")).arg("1M");
+        assert!(make.status().unwrap().success());
+        assert!(needs_a(), "a data file");
     }
 
     #[test]

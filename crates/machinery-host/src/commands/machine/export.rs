@@ -4,20 +4,19 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use clap::Args;
-use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use serde::Serialize;
 
 use super::archive;
 use super::context::Context;
+use super::flatten::{files_of_disk, flatten, used};
 use super::folder::expect_space;
+use super::import_archive::expect_importable;
 use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
-use super::make::{binaries, other_files};
+use super::make::other_files;
 use super::unfinished::Unfinished;
 
 /// The machine to export.
@@ -46,6 +45,7 @@ pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
     let files = files_of(context.cwd, &export.name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/"));
     let info = Info::read(folder).map_err(|error| error.machine(&export.name))?;
+    expect_importable(&info).map_err(|error| error.machine(&export.name))?;
     let failed = |error: io::Error| Error::io("write", &export.file, &error);
     let target = std::path::absolute(&export.file).map_err(failed)?;
     if target.exists() {
@@ -56,26 +56,33 @@ pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
     let beside = std::fs::canonicalize(target.parent().unwrap_or(Path::new("/")))
         .map_err(|error| failed(error).advice("Make the file's folder first"))?;
     let target = beside.join(target.file_name().unwrap_or_default());
-    let disks = [Some(folder.join(DISK)), info.machine.base.clone()];
-    let used = |disk: PathBuf| disk.metadata().map_or(0, |found| found.blocks() * 512);
-    expect_space(context.config, &beside, disks.into_iter().flatten().map(used).sum())?;
+    let disk = files_of_disk(&folder.join(DISK)).map_err(|error| error.machine(&export.name))?;
+    expect_space(context.config, &beside, used(&disk) + used(&[folder.join(MEMORY)]))
+        .map_err(|error| error.machine(&export.name))?;
     // Beside the file, because the disk may be larger than other file systems.
     let unfinished =
         Unfinished::begin(context.cwd, &export.name, &beside.join(format!(".{}.export", export.name)))?;
-    let written = write(context, folder, info, unfinished.machine_folder(), &target);
+    let written = write(context, folder, info, disk, unfinished.machine_folder(), &target);
     match (written, unfinished.clear(context)) {
         (Ok(bytes), Ok(())) => Ok(Exported { machine: export.name.clone(), file: target, bytes }),
         (Err(error), _) | (Ok(_), Err(error)) => Err(error.machine(&export.name)),
     }
 }
 
-/// Writes the archive of the machine in that folder, and returns its size.
-fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, target: &Path) -> Result<u64> {
+/// Writes the archive of the machine in that folder, whose disk is in these files. Returns the size of the archive.
+fn write(
+    context: &Context<'_>,
+    folder: &Path,
+    info: Info,
+    files_of_disk: Vec<PathBuf>,
+    scratch: &Path,
+    target: &Path,
+) -> Result<u64> {
     let failed = |error: io::Error| Error::io("write", target, &error);
     (context.step)("flattening the disk");
     let disk = scratch.join(DISK);
-    flatten(&binaries(context)?.qemu_img, &folder.join(DISK), &disk)?;
-    let whole = Info { machine: Description { base: None, ..info.machine }, ..info };
+    flatten(context, files_of_disk, &disk)?;
+    let whole = Info { machine: Description { base: None, base_files: Vec::new(), ..info.machine }, ..info };
     whole.write(scratch)?;
     let own = [(scratch.join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];
     let mut files: Vec<(PathBuf, String)> =
@@ -101,39 +108,5 @@ fn warn_of_others(folder: &Path, files: &[(PathBuf, String)]) {
     let names = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
     for name in names.filter(|name| files.iter().all(|(_, own)| name.as_os_str() != own.as_str())) {
         tracing::warn!(name = %name.display(), "is not part of the machine: the archive leaves it out");
-    }
-}
-
-/// Writes the content of a disk and of all disks on which it depends into a new disk.
-fn flatten(qemu_img: &Path, from: &Path, to: &Path) -> Result<()> {
-    let program = expect_trusted(qemu_img)?;
-    let mut convert = Command::new(program);
-    convert.args(["convert", "-q", "-f", "qcow2", "-O", "qcow2"]).args([from, to]).stdin(Stdio::null());
-    let ran = convert.output().map_err(|error| Error::io("run", qemu_img, &error))?;
-    if ran.status.success() {
-        return Ok(());
-    }
-    let why = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
-    Err(Error::failed(format!("{} cannot flatten {}: {why}", qemu_img.display(), from.display())))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs::{self, Permissions};
-    use std::os::unix::fs::PermissionsExt;
-
-    #[test]
-    fn program_is_not_run_when_other_users_can_change_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
-        fs::write(path("qemu-img"), "#!/bin/sh\n: > \"${0%/*}/ran\"\n").unwrap();
-        let flatten = |mode: u32| {
-            fs::set_permissions(path("qemu-img"), Permissions::from_mode(mode)).unwrap();
-            super::flatten(&path("qemu-img"), &path("from"), &path("to"))
-        };
-        let refused = flatten(0o777).unwrap_err().to_string();
-        assert!(refused.contains("other users could modify it") && !path("ran").exists(), "{refused}");
-        flatten(0o755).unwrap();
-        assert!(path("ran").exists());
     }
 }

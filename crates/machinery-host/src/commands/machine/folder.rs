@@ -85,10 +85,7 @@ pub fn sync_name(folder: &Path) -> Result<()> {
 /// # Errors
 /// It has not.
 pub fn expect_space(config: &Config, folder: &Path, bytes: u64) -> Result<()> {
-    let system = statvfs(folder).map_err(|error| Error::io("look at", folder, &error.into()))?;
-    let in_bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
-    let (free, reserve) =
-        (in_bytes(system.f_bavail), config.free_space_reserve.on(in_bytes(system.f_blocks)));
+    let (free, reserve) = space(config, folder)?;
     if free.saturating_sub(reserve) >= bytes {
         return Ok(());
     }
@@ -99,6 +96,21 @@ pub fn expect_space(config: &Config, folder: &Path, bytes: u64) -> Result<()> {
          (free_space_reserve)"
     ))
     .advice("Free some space there, or name another folder"))
+}
+
+/// Returns the bytes that the file system of a folder has besides the reserve.
+///
+/// # Errors
+/// The file system cannot be looked at.
+pub fn free_space(config: &Config, folder: &Path) -> Result<u64> {
+    space(config, folder).map(|(free, reserve)| free.saturating_sub(reserve))
+}
+
+/// Returns the free bytes of the folder's file system, and the reserve.
+fn space(config: &Config, folder: &Path) -> Result<(u64, u64)> {
+    let system = statvfs(folder).map_err(|error| Error::io("look at", folder, &error.into()))?;
+    let in_bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
+    Ok((in_bytes(system.f_bavail), config.free_space_reserve.on(in_bytes(system.f_blocks))))
 }
 
 /// Expects that no other user can replace a new folder in this one, which may not exist yet. In root's sticky folder, such

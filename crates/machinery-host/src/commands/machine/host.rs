@@ -3,6 +3,8 @@
 //! An entry of the configuration can be several machines of the host: its clones.
 
 use std::fs::{self, File};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use machinery::{Error, Result};
 use serde_json::{Value, json};
@@ -15,6 +17,14 @@ use crate::cwd_lock::lock_without_host;
 /// The ends of the names of files that record a run. A host that was killed leaves them.
 const RUN_RECORDS: [&str; 3] = ["run", "standby", "starting"];
 
+/// The time in which a host that starts has to answer, and the interval of attempts.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+const START_INTERVAL: Duration = Duration::from_millis(100);
+/// The interval of looks at a machine that the host uses.
+const USE_INTERVAL: Duration = Duration::from_secs(1);
+/// The reason why a machine is out of the pool while a command replaces its files.
+pub const HELD: &str = "its snapshot is taken anew";
+
 /// Has a running host reload its configuration. Returns a note if it does not.
 pub fn reload(cwd: &Cwd) -> Option<String> {
     let why = act(cwd, json!({"action": "reload"})).err()?;
@@ -26,9 +36,9 @@ pub fn reload(cwd: &Cwd) -> Option<String> {
 /// # Errors
 /// A host may serve the CWD, and does not answer.
 pub fn ask(cwd: &Cwd, request: Value) -> Result<Option<Value>> {
-    match Client::find(&cwd.manager_socket())? {
-        Some(mut client) => client.request(request, |_| ()).map(Some),
-        None => keep_out(cwd).map(|_| None),
+    match Presence::of_host(cwd, START_TIMEOUT)? {
+        Presence::Serves(mut client) => client.request(request, |_| ()).map(Some),
+        Presence::Absent(_) => Ok(None),
     }
 }
 
@@ -37,13 +47,40 @@ pub fn ask(cwd: &Cwd, request: Value) -> Result<Option<Value>> {
 /// # Errors
 /// A host serves the CWD, and does not answer.
 pub fn keep_out(cwd: &Cwd) -> Result<Option<File>> {
-    if !cwd.state().exists() || Client::find(&cwd.manager_socket())?.is_some() {
-        return Ok(None);
+    match Presence::of_host(cwd, START_TIMEOUT)? {
+        Presence::Serves(_) => Ok(None),
+        Presence::Absent(lock) => Ok(lock),
     }
-    lock_without_host(&cwd.state())?.map(Some).ok_or_else(|| {
-        Error::environment("a host serves this CWD, and does not answer")
-            .advice("Wait until it has started or ended, and repeat the command")
-    })
+}
+
+/// A host that serves the CWD, or none.
+enum Presence {
+    Serves(Client),
+    /// No host can start while the file is held. Without a file, there is no state of a host either.
+    Absent(Option<File>),
+}
+
+impl Presence {
+    /// Waits that long for a host that starts or ends.
+    fn of_host(cwd: &Cwd, limit: Duration) -> Result<Presence> {
+        let begun = Instant::now();
+        loop {
+            if let Some(client) = Client::find(&cwd.manager_socket())? {
+                return Ok(Presence::Serves(client));
+            }
+            if !cwd.state().exists() {
+                return Ok(Presence::Absent(None));
+            }
+            if let Some(lock) = lock_without_host(&cwd.state())? {
+                return Ok(Presence::Absent(Some(lock)));
+            }
+            if begun.elapsed() >= limit {
+                let reason = format!("a host serves this CWD, and has not answered within {limit:?}");
+                return Err(Error::environment(reason).advice("Look at its log, and repeat the command"));
+            }
+            thread::sleep(START_INTERVAL);
+        }
+    }
 }
 
 /// Sends a request to a running host, and expects its success.
@@ -64,15 +101,21 @@ pub fn act(cwd: &Cwd, request: Value) -> Result<Option<Value>> {
 /// # Errors
 /// The host cannot be asked, or runs of an earlier host remain.
 pub fn machines_of(cwd: &Cwd, entries: &[String]) -> Result<Vec<Value>> {
-    let Some(mut list) = act(cwd, json!({"action": "list"}))? else {
-        return expect_no_runs(cwd).map(|()| Vec::new());
-    };
+    match listed(cwd, entries)? {
+        Some(machines) => Ok(machines),
+        None => expect_no_runs(cwd).map(|()| Vec::new()),
+    }
+}
+
+/// Returns these machines as a running host lists them. Returns `None` if no host serves the CWD.
+fn listed(cwd: &Cwd, entries: &[String]) -> Result<Option<Vec<Value>>> {
+    let Some(mut list) = act(cwd, json!({"action": "list"}))? else { return Ok(None) };
     let is_of = |machine: &Value, key: &str| entries.iter().any(|entry| machine[key] == json!(entry));
-    let Value::Array(mut machines) = list["machines"].take() else { return Ok(Vec::new()) };
+    let Value::Array(mut machines) = list["machines"].take() else { return Ok(Some(Vec::new())) };
     machines.retain(|machine| {
         machine["machinery_name"] == MACHINERY && (is_of(machine, "name") || is_of(machine, "clone_of"))
     });
-    Ok(machines)
+    Ok(Some(machines))
 }
 
 /// Returns the name of a machine.
@@ -112,19 +155,25 @@ pub fn expect_unused(machines: &[Value]) -> Result<()> {
     Ok(())
 }
 
-/// Reports whether the host restores the machine by itself: for tasks, or to heal it.
-pub fn is_in_use(machine: &Value) -> bool {
-    machine["disabled"] == json!(false) || !machine["quarantine"].is_null()
+/// Waits until a running host uses none of the machines of these entries.
+///
+/// # Errors
+/// The host cannot be asked.
+pub fn wait_until_unused(cwd: &Cwd, entries: &[String], step: &dyn Fn(&str)) -> Result<()> {
+    loop {
+        let Err(error) = expect_unused(&machines_of(cwd, entries)?) else { return Ok(()) };
+        step(&format!("waiting until it is off and not locked: {}", error.reason()));
+        thread::sleep(USE_INTERVAL);
+    }
 }
 
-/// Has a running host give the machine to no task.
+/// Has a running host give the machine to no task, nor restore it by itself, until it is [released](release).
 ///
 /// # Errors
 /// The host refuses, or cannot be asked.
-pub fn disable(cwd: &Cwd, name: &str) -> Result<()> {
-    let reason = "its snapshot is taken anew";
-    let disabled = act(cwd, json!({"action": "disable_machine", "machine": name, "reason": reason}));
-    disabled.map(drop).map_err(|error| error.action("disabling the machine").machine(name))
+pub fn hold(cwd: &Cwd, name: &str) -> Result<()> {
+    let held = act(cwd, json!({"action": "hold_machine", "machine": name, "reason": HELD}));
+    held.map(drop).map_err(|error| error.action("holding the machine").machine(name))
 }
 
 /// Has a running host end the standby of a machine, which has the machine's tap and address.
@@ -136,13 +185,22 @@ pub fn stop(cwd: &Cwd, name: &str) -> Result<()> {
     stopped.map(drop).map_err(|error| error.action("ending the standby").machine(name))
 }
 
-/// Has a running host give the machine to tasks again, and prepare its next restore. Nobody waits for the preparation.
-pub fn enable(cwd: &Cwd, name: &str) {
-    if let Err(error) = act(cwd, json!({"action": "enable_machine", "machine": name})) {
-        tracing::warn!(machine = name, %error, "the machine is still disabled: enable it with `enable-machine`");
+/// Has a running host release the machines of these entries. Those that are in the pool then prepare their next restore, for
+/// which nobody waits.
+///
+/// # Errors
+/// The host refuses, or cannot be asked.
+pub fn release(cwd: &Cwd, entries: &[String]) -> Result<()> {
+    for machine in listed(cwd, entries)?.unwrap_or_default() {
+        act(cwd, json!({"action": "release_machine", "machine": name(&machine)}))?;
     }
-    let prepare = json!({"action": "prepare", "machine": name});
-    let _ = Client::connect(&cwd.manager_socket()).and_then(|client| client.split().0.send(&prepare, None));
+    for machine in listed(cwd, entries)?.unwrap_or_default() {
+        if machine["disabled"] == json!(false) {
+            let prepare = json!({"action": "prepare", "machine": name(&machine)});
+            Client::connect(&cwd.manager_socket())?.split().0.send(&prepare, None)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -198,24 +256,35 @@ pub mod tests {
         assert_eq!(found.iter().map(name).collect::<Vec<_>>(), ["w-1", "w-2", "twin"]);
         let refused = expect_unused(&found).unwrap_err().to_string();
         assert!(refused.contains("'w-2'") && refused.contains("it is running"), "{refused}");
-        assert!(disable(&cwd, "w-1").unwrap_err().to_string().contains("no"));
+        assert!(hold(&cwd, "w-1").unwrap_err().to_string().contains("no"));
     }
 
     #[test]
-    fn machines_are_unknown_when_a_host_does_not_answer_or_has_left_a_run() {
+    fn machines_are_unknown_when_a_host_has_left_a_run() {
         let folder = tempfile::tempdir().unwrap();
         let cwd = cwd(folder.path());
         let ask = || machines_of(&cwd, &["m".to_owned()]).map_err(|error| error.to_string());
         assert_eq!(ask(), Ok(Vec::new()));
-        let host = crate::cwd_lock::lock(&cwd.state(), std::time::Duration::ZERO).unwrap();
-        assert!(ask().unwrap_err().contains("does not answer"));
-        drop(host);
         for record in RUN_RECORDS {
             let path = cwd.machinery_state(MACHINERY).join(format!("m-1.{record}"));
             fs::write(&path, "").unwrap();
             assert!(ask().unwrap_err().contains("has left a run"), "{record}");
             fs::remove_file(path).unwrap();
         }
+    }
+
+    #[test]
+    fn host_that_starts_is_waited_for_until_it_answers() {
+        let folder = tempfile::tempdir().unwrap();
+        let cwd = cwd(folder.path());
+        let _host = crate::cwd_lock::lock(&cwd.state(), Duration::ZERO).unwrap();
+        let late = Presence::of_host(&cwd, Duration::ZERO).map(drop).unwrap_err().to_string();
+        assert!(late.contains("has not answered"), "{late}");
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| reload(&cwd));
+            host(&cwd, vec![json!({"success": true})]);
+            assert_eq!(asking.join().unwrap(), None);
+        });
     }
 
     #[test]
@@ -229,13 +298,5 @@ pub mod tests {
         assert_eq!(ask(&cwd, json!({"action": "list"})).unwrap(), None);
         drop(kept);
         start().unwrap();
-    }
-
-    #[test]
-    fn machine_is_in_use_when_a_task_can_have_it_or_the_host_heals_it() {
-        let machine =
-            |disabled: bool, quarantine: Value| json!({"disabled": disabled, "quarantine": quarantine});
-        assert!(is_in_use(&machine(false, Value::Null)) && is_in_use(&machine(true, json!({"tries": 1}))));
-        assert!(!is_in_use(&machine(true, Value::Null)));
     }
 }

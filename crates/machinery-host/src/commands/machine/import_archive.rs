@@ -4,19 +4,17 @@
 //! read the whole file: sums, names ─▶ extract into an unfinished folder ─▶ restored once ─▶ entry
 //! ```
 
-use std::fs::File;
-use std::io::Read;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use machinery::config::find_interface;
 use machinery::{Error, ErrorKind, Result};
+use machinery_images::Header;
 
 use super::arguments::{LOOPBACK, bridge_netdev, user_netdev};
 use super::context::Context;
 use super::create::folder_of;
-use super::dependents::QCOW2;
 use super::folder::expect_space;
 use super::info::{DISK, Description, Info, MEMORY};
 use super::make::{other_files, prove};
@@ -26,7 +24,7 @@ use super::unfinished::Unfinished;
 use super::{archive, interrupt};
 
 /// The machine to import.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct ImportArchive {
     /// File of `machine export`
     pub file: PathBuf,
@@ -94,7 +92,7 @@ impl ImportArchive {
         let machine = &mut info.machine;
         // The files of the archive that are verified and restored.
         (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
-        machine.base = None;
+        (machine.base, machine.base_files) = (None, Vec::new());
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }
@@ -130,7 +128,7 @@ impl ImportArchive {
             machine.bridge = self.bridge.clone().unwrap_or_else(|| machine.bridge.clone());
             *netdev = bridge_netdev(&machine.bridge)?;
         } else {
-            return Err(unknown_network(&format!("'-netdev {netdev}' is none of `machine create`")));
+            return Err(unknown_network(&format!("-netdev {netdev}")));
         }
         machine.ip = ip.to_string();
         Ok(())
@@ -149,37 +147,42 @@ fn only_netdev(args: &mut [String]) -> Result<&mut String> {
 }
 
 fn unknown_network(why: &str) -> Error {
-    Error::configuration(format!("the network of the machine in the archive is refused: {why}"))
+    Error::configuration(format!("the machine's network is not one of `machine create`: {why}"))
         .advice("Export a machine with the network that `machine create` has made")
+}
+
+/// Expects that an import accepts a machine.
+///
+/// # Errors
+/// Its network is not one of `machine create`.
+pub fn expect_importable(info: &Info) -> Result<()> {
+    let Err(refused) = ImportArchive::default().adapted(info.clone()) else { return Ok(()) };
+    Err(Error::configuration(format!("no host would import the machine: {}", refused.reason())).advice(
+        "Remove other networks from its machineinfo.json, and run `machine snapshot` before the export",
+    ))
 }
 
 /// Expects that the disk, and each other file in the format qcow2, depends on no other file.
 fn expect_whole_disks(folder: &Path) -> Result<()> {
-    let is_disk = |path: &PathBuf| {
-        let mut magic = [0; QCOW2.len()];
-        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-        read.is_ok() && magic == *QCOW2
-    };
-    let others = other_files(folder)?.into_iter().map(|(path, _)| path).filter(is_disk);
-    others.chain([folder.join(DISK)]).try_for_each(|disk| expect_whole(&disk))
+    let disk = folder.join(DISK);
+    if Header::read(&disk)?.is_none() {
+        return Err(not_whole(&disk));
+    }
+    other_files(folder)?.iter().map(|(path, _)| path).chain([&disk]).try_for_each(|file| expect_whole(file))
 }
 
-/// Expects that a disk depends on no other file. Source: QEMU's docs/interop/qcow2.txt.
-fn expect_whole(disk: &Path) -> Result<()> {
-    /// The bit of an external data file among the incompatible features.
-    const DATA_FILE: u64 = 1 << 2;
-    let mut header = [0; 80];
-    let read = File::open(disk).and_then(|mut file| file.read_exact(&mut header));
-    read.map_err(|error| Error::io("read", disk, &error))?;
-    let number = |at: usize| header[at..at + 8].iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
-    let is_qcow2_3 = header.starts_with(b"QFI\xfb\0\0\0\x03");
-    if is_qcow2_3 && number(8) == 0 && number(72) & DATA_FILE == 0 {
-        return Ok(());
+fn expect_whole(file: &Path) -> Result<()> {
+    match Header::read(file)? {
+        Some(header) if header.backing.is_some() || header.data_file.is_some() => Err(not_whole(file)),
+        _ => Ok(()),
     }
-    let name = disk.file_name().unwrap_or_default().display();
-    Err(Error::configuration(format!("{name} in the archive is no whole disk in the format qcow2"))
+}
+
+fn not_whole(file: &Path) -> Error {
+    let name = file.file_name().unwrap_or_default().display();
+    Error::configuration(format!("{name} in the archive is no whole disk in the format qcow2"))
         .detail("it may depend on another file")
-        .advice("Export the machine again"))
+        .advice("Export the machine again")
 }
 
 #[cfg(test)]
@@ -272,28 +275,25 @@ mod tests {
     #[test]
     fn disk_is_refused_when_it_depends_on_another_file() {
         let folder = tempfile::tempdir().unwrap();
-        let disk = folder.path().join("disk");
+        let (disk, other) = (folder.path().join(DISK), folder.path().join("other"));
         let mut whole = vec![0; 104];
         whole[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
-        let is_whole = |content: &[u8]| {
-            fs::write(&disk, content).unwrap();
-            expect_whole(&disk).is_ok()
+        let is_whole = |path: &Path, content: &[u8]| {
+            fs::write(path, content).unwrap();
+            expect_whole_disks(folder.path()).is_ok()
         };
-        assert!(is_whole(&whole));
-        for (at, byte) in [(15, 1), (79, 4), (7, 2), (0, b'x')] {
-            let mut other = whole.clone();
-            other[at] = byte;
-            assert!(!is_whole(&other), "{at}");
+        assert!(is_whole(&disk, &whole));
+        for bytes in [&[(15, 1), (19, 1)][..], &[(79, 4)], &[(7, 9)], &[(0, b'x')]] {
+            let mut content = whole.clone();
+            bytes.iter().for_each(|(at, byte)| content[*at] = *byte);
+            assert!(!is_whole(&disk, &content), "{bytes:?}");
         }
-        assert!(!is_whole(&whole[..40]));
+        assert!(!is_whole(&disk, &whole[..40]) && is_whole(&disk, &whole));
         // So is any other disk in the archive, and no other file.
-        fs::write(folder.path().join(DISK), &whole).unwrap();
-        fs::write(folder.path().join("more"), "").unwrap();
-        fs::write(&disk, &whole).unwrap();
-        expect_whole_disks(folder.path()).unwrap();
-        whole[15] = 1;
-        fs::write(&disk, &whole).unwrap();
+        assert!(is_whole(&other, b"") && is_whole(&other, b"text") && is_whole(&other, &whole));
+        (whole[15], whole[19]) = (1, 1);
+        fs::write(&other, &whole).unwrap();
         let error = expect_whole_disks(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("disk in the archive"), "{error}");
+        assert!(error.contains("other in the archive"), "{error}");
     }
 }

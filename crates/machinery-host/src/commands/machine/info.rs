@@ -1,4 +1,4 @@
-//! The description of a machine: `machineinfo.json` in its folder, in VMCloak's format and with two further keys.
+//! The description of a machine: `machineinfo.json` in its folder, in VMCloak's format and with three further keys.
 //!
 //! The plugin reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
 
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result};
+use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 
@@ -54,6 +55,9 @@ pub struct Description {
     /// The address inside the guest of an isolated machine, whose section of `machinery-host.yaml` this program has written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_ip: Option<Ipv4Addr>,
+    /// The files of that disk, as they were before the machine's snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub base_files: Vec<FileId>,
 }
 
 impl Info {
@@ -190,8 +194,17 @@ pub fn real(path: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+
+    /// Returns the description of a machine with these arguments.
+    pub fn described(args: &[&str]) -> Info {
+        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
+            "name": "m", "ip": "10.0.0.1", "agent_port": 8000, "os_name": "linux", "os_version": "12", "architecture": "amd64",
+            "bridge": "lo", "mac": "", "disk": DISK, "memory_snapshot": MEMORY, "tags": [], "start_args": args,
+        }});
+        Info::parse(&text.to_string()).unwrap()
+    }
 
     #[test]
     fn machine_of_a_folder_is_unknown_when_the_configuration_cannot_be_parsed() {
@@ -221,11 +234,7 @@ mod tests {
             "-serial",
             "file:log",
         ];
-        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
-            "name": "m", "ip": "10.0.0.1", "agent_port": 8000, "os_name": "linux", "os_version": "12", "architecture": "amd64",
-            "bridge": "lo", "mac": "", "disk": DISK, "memory_snapshot": MEMORY, "tags": [], "start_args": args,
-        }});
-        let info = Info::parse(&text.to_string()).unwrap();
+        let info = described(&args);
         let folder = tempfile::tempdir().unwrap();
         let names = ["vmlinuz", "vars.fd"].map(str::to_owned);
         info.placed_in(folder.path(), &names).write(folder.path()).unwrap();

@@ -10,23 +10,26 @@
 //! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
 //! | `isolation` | the addresses of an isolated machine, and its section of `machinery-host.yaml` |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
-//! | `export`, `import_archive`, `archive` | a machine in one file |
+//! | `export`, `import_archive`, `archive`, `flatten` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
 //! | `session` | the plugin with one machine |
 //! | `context` | everything that the commands share |
 //! | `info` | the description of a machine in its folder |
 //! | `publish`, `host` | the entry in the configuration; the running host |
 //! | `section` | the section in `machinery-host.yaml`; the lock of the configuration |
+//! | `base` | the installed disk, which has to stay as it was |
 //! | `dependents` | the machines that need the files of another one |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
 mod archive;
 mod arguments;
+mod base;
 mod context;
 mod create;
 mod dependents;
 mod export;
+mod flatten;
 mod folder;
 mod host;
 mod import_archive;
@@ -52,9 +55,11 @@ use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::plugin::open::open;
 use crate::plugin::search::PluginSearch;
+pub use base::check as check_installed_disks;
 pub use context::{Context, MACHINERY};
 use export::Export;
 pub use export::Exported;
+pub use host::HELD;
 use import_archive::ImportArchive;
 use options::Create;
 pub use publish::Made;
@@ -63,7 +68,7 @@ pub use remove::Removed;
 pub use section::lock_configuration;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
-pub use unfinished::expect_no_command;
+pub use unfinished::{expect_no_command, held_entries};
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]

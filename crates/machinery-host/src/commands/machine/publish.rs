@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
 use machinery::{Error, Level, RestoreReadiness, Result};
+use rustix::fs::{Access, access};
 use serde::Serialize;
 use serde_json::json;
 use serde_yaml::Mapping;
@@ -27,11 +28,11 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that the name is valid, and that no machine has the name, an address or the network card. `section` is the
-/// machine's section of `machinery-host.yaml` that will be written.
+/// Expects that the name is valid, and that no machine has the name, an address or the network card, and that this user
+/// can add an entry. `section` is the machine's section of `machinery-host.yaml` that will be written.
 ///
 /// # Errors
-/// A machine has one of them, or the section cannot be added.
+/// A machine has one of them, the user cannot, or the section cannot be added.
 pub fn expect_free(
     context: &Context<'_>,
     name: &str,
@@ -40,6 +41,7 @@ pub fn expect_free(
     section: Option<&Mapping>,
 ) -> Result<()> {
     let (cwd, config) = (context.cwd, context.config);
+    expect_writable(&cwd.machinery_yaml(MACHINERY))?;
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
@@ -67,6 +69,15 @@ pub fn expect_free(
     }
     let ip = addresses.first().map(String::as_str).unwrap_or_default();
     expect_accepted(context, name, ip, mac, section)
+}
+
+/// Expects that this user can replace the configuration file, before a guest has booted for nothing.
+fn expect_writable(yaml: &Path) -> Result<()> {
+    let existing = yaml.ancestors().skip(1).find(|folder| folder.exists()).unwrap_or(yaml);
+    access(existing, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+        let failed = Error::io("add a machine to", yaml, &error.into());
+        failed.advice(format!("Run the command as a user who may write to {}", existing.display()))
+    })
 }
 
 /// The keys whose values no two machines have.

@@ -15,6 +15,7 @@ use clap::Args;
 use machinery::{Error, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::base::{expect_unchanged, identify};
 use super::context::Context;
 use super::create::lock_base;
 use super::dependents::{dependents_of, refuse};
@@ -45,7 +46,7 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     snapshot.ready.expect_in_time()?;
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
-    let info = Info::read(&folder).map_err(|error| error.machine(name))?;
+    let mut info = Info::read(&folder).map_err(|error| error.machine(name))?;
     let Some(base) = info.machine.base.clone() else {
         return Err(Error::configuration("the machine is from an archive, which has no disk to boot from")
             .machine(name)
@@ -55,12 +56,15 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let entries = entries_of(context, name, &files, &folder)?;
     host::expect_unused(&host::machines_of(cwd, &entries)?)?;
     let _base = lock_base(context, &base)?;
+    let warnings = expect_unchanged(&info.machine)?;
+    info.machine.base_files = identify(&base).map_err(|error| error.machine(name))?;
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
     let made = (|| {
         unfinished.hold(cwd, &entries)?;
         let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
         let ready = make(context, &plan, &mut unfinished, &folder)?;
         let notes = publish(context, &entries, &folder, unfinished.machine_folder())?;
+        let notes = warnings.into_iter().chain(notes).collect();
         Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
     })();
     unfinished.conclude(context, &folder, made)
@@ -99,7 +103,8 @@ fn contents(folder: &Path) -> Result<Vec<(PathBuf, OsString)>> {
 /// Gives the new disk and snapshot to the machine and to a running host. Returns what the operator has to know.
 fn publish(context: &Context<'_>, entries: &[String], folder: &Path, new: &Path) -> Result<Vec<String>> {
     let _absent = host::keep_out(context.cwd)?;
-    host::expect_unused(&host::machines_of(context.cwd, entries)?)?;
+    // A host that has started meanwhile may have the machine for a task of an earlier one.
+    host::wait_until_unused(context.cwd, entries, context.step)?;
     carry_over(folder, new)?;
     sync(new)?;
     exchange(folder, new)?;

@@ -49,9 +49,9 @@ struct Record {
     folder: PathBuf,
     /// The setup of the plugin, once it has one.
     setup: Option<Setup>,
-    /// The machines that a running host is to give to tasks again.
+    /// The entries whose machines a host holds while the command is at work.
     #[serde(default)]
-    disabled: Vec<String>,
+    held: Vec<String>,
     /// The section of `machinery-host.yaml` that is removed if the configuration does not have the machine.
     #[serde(default)]
     section: Option<Mapping>,
@@ -170,17 +170,17 @@ impl Unfinished {
         Ok(setup)
     }
 
-    /// Has a running host give the machines of these entries to no task until the record ends.
+    /// Has a host hold the machines of these entries until the record ends. A host that starts later reads the record:
+    /// see [`held_entries`].
     ///
     /// # Errors
     /// The host uses a machine, or the record cannot be written.
     pub fn hold(&mut self, cwd: &Cwd, entries: &[String]) -> Result<()> {
+        entries.clone_into(&mut self.record.held);
+        self.record.write(&self.folder)?;
         let machines = host::machines_of(cwd, entries)?;
         host::expect_unused(&machines)?;
-        let in_use = machines.iter().filter(|machine| host::is_in_use(machine));
-        self.record.disabled = in_use.map(|machine| host::name(machine).to_owned()).collect();
-        self.record.write(&self.folder)?;
-        self.record.disabled.iter().try_for_each(|name| host::disable(cwd, name))?;
+        machines.iter().try_for_each(|machine| host::hold(cwd, host::name(machine)))?;
         host::expect_unused(&host::machines_of(cwd, entries)?)?;
         machines.iter().try_for_each(|machine| host::stop(cwd, host::name(machine)))
     }
@@ -228,9 +228,14 @@ impl Unfinished {
 }
 
 impl Record {
-    /// Has a running host give the machines to tasks again.
+    /// Has a running host release the machines.
     fn release(&self, cwd: &Cwd) {
-        self.disabled.iter().for_each(|name| host::enable(cwd, name));
+        if self.held.is_empty() {
+            return;
+        }
+        if let Err(error) = host::release(cwd, &self.held) {
+            tracing::warn!(machine = self.name, %error, "the host may still hold the machine: see `enable-machine`");
+        }
     }
 
     fn write(&self, folder: &Path) -> Result<()> {
@@ -282,6 +287,13 @@ pub fn expect_no_command(cwd: &Cwd) -> Result<()> {
             .machine(folder.file_name().unwrap_or_default().display().to_string())
             .advice("Wait for its end")),
     }
+}
+
+/// Returns the entries whose machines commands hold that are at work.
+pub fn held_entries(cwd: &Cwd) -> Vec<String> {
+    let is_at_work = |folder: &PathBuf| matches!(try_lock(folder), Ok(None));
+    let record = |folder: PathBuf| serde_json::from_slice(&fs::read(folder.join(RECORD)).ok()?).ok();
+    records(cwd).filter(is_at_work).filter_map(record).flat_map(|record: Record| record.held).collect()
 }
 
 /// Returns the folders of all records that have their name.

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use clap::Args;
 use machinery::{Error, Result};
 
-use super::entry::{Found, Machine, Origin};
+use super::entry::{Found, Machine, Origin, interface_of};
 use super::given::Given;
 use super::outcome::collect_all;
 use crate::commands::shell_word;
@@ -69,12 +69,6 @@ fn selected(wanted: &[String], all: Vec<String>) -> Result<Vec<String>> {
 
 fn is_in(names: &[String], name: &str) -> bool {
     names.iter().any(|known| known == name)
-}
-
-/// Returns the interface of the first machine that has one.
-fn interface_of(machines: &[Machine]) -> Option<String> {
-    let mut keys = machines.iter().flat_map(|machine| &machine.keys);
-    keys.find(|(key, _)| *key == "interface").and_then(|(_, value)| value.as_str()).map(str::to_owned)
 }
 
 /// Reads the domains of one libvirt.

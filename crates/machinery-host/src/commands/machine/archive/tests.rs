@@ -19,6 +19,7 @@ fn description() -> Vec<u8> {
         start_args: vec![text("-m")],
         guest_ip: None,
         base: None,
+        base_files: Vec::new(),
     };
     serde_json::to_vec(&Info::new(machine)).unwrap()
 }
