@@ -17,7 +17,7 @@ use crate::jail::{jail_of, policy_of};
 use crate::peers::Peer;
 use crate::prepare::{Identity, SharedTemplate};
 use crate::resources::Resource;
-use crate::run::PastCell;
+use crate::run::MachineCell;
 use crate::run::record::RecordFile;
 use crate::shared::Qemu;
 
@@ -36,8 +36,8 @@ pub struct Machine {
     pub(super) shared: Arc<Qemu>,
     pub(super) work: Arc<Work<MachineState>>,
     pub(super) readiness: ReadinessReport,
-    /// The network of the last run, until the host has ended its capture.
-    pub(super) past_cell: PastCell,
+    /// The network of the next run, of the present one, or of the last one until the host has ended its capture.
+    pub(super) cell: MachineCell,
     /// Everything that machines with the same template share.
     pub(super) shared_template: Arc<SharedTemplate>,
 }
@@ -89,7 +89,7 @@ impl Machine {
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             record: RecordFile::of(name, state),
-            past_cell: PastCell::default(),
+            cell: MachineCell::default(),
             readiness: ReadinessReport::new(&shared.host, name),
             jail: jail_of(&files),
             shared_template: shared.shared_templates.of(&files.template),

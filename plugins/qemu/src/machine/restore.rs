@@ -38,12 +38,7 @@ impl Machine {
     pub(super) fn start_cold(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
         self.start_with(deadline, |starting, standby| {
-            if let Some(standby) = standby {
-                // The capture has begun on its interface.
-                let cell = standby.release_cell();
-                starting.lock().cell = cell;
-                standby.end(deadline)?;
-            }
+            standby.map_or(Ok(()), |standby| standby.end(deadline))?;
             self.start_running(starting, None, Load::Nothing, deadline)
         })
     }

@@ -14,7 +14,6 @@
 use std::sync::{Arc, Weak};
 
 use machinery::Result;
-use machinery_backend::cell::Cell;
 use machinery_backend::{UnderWay, refuse};
 
 use crate::run::Run;
@@ -29,8 +28,6 @@ pub struct MachineState {
     /// The run of the operation under way, once it exists.
     pub begun: Weak<Run>,
     pub standby: Option<Box<Standby>>,
-    /// The network of the next run, if it was opened and no run has it yet.
-    pub cell: Option<Cell>,
 }
 
 impl MachineState {
