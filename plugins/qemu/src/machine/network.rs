@@ -31,7 +31,10 @@ impl Machine {
                     let spec = spec_of(self.files());
                     return spec.map_or(Ok(()), |spec| cell::renew_rules(&spec, deadline));
                 }
-                _ => finish(&opening, standby.end(deadline).map(|()| None))?,
+                _ => {
+                    finish(&opening, standby.end(deadline).map(|()| None))?;
+                    self.readiness.report();
+                }
             }
         }
         self.clear_unknown_leftovers()?;
