@@ -25,9 +25,12 @@ impl Machine {
         });
         let (opening, standby) = begun?;
         if let Some(standby) = standby {
-            match self.identity().map(|identity| standby.stale_reason(&identity)) {
+            let identity = self.identity();
+            match identity.as_ref().map(|identity| standby.stale_reason(identity)) {
                 Ok(None) if self.usable_cell().is_some() => {
-                    opening.lock().standby = Some(standby);
+                    let mut opened = opening.lock();
+                    (opened.standby, opened.identity) = (Some(standby), identity.ok());
+                    drop(opened);
                     let spec = spec_of(self.files());
                     return spec.map_or(Ok(()), |spec| cell::renew_rules(&spec, deadline));
                 }

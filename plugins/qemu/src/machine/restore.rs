@@ -75,7 +75,11 @@ impl Machine {
         mut standby: Option<Box<Standby>>,
         deadline: Deadline,
     ) -> Result<Arc<Run>, StartError> {
-        let identity = self.current_identity(&mut standby, deadline)?;
+        let known = starting.lock().identity.take();
+        let identity = match known.filter(|known| known.is_current(self.files(), &self.shared.program)) {
+            Some(identity) => identity,
+            None => self.current_identity(&mut standby, deadline)?,
+        };
         if let Some(standby) = standby {
             match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
                 Ok(run) => {
