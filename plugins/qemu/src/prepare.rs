@@ -20,8 +20,9 @@
 //! Each template belongs to one [`Identity`], which is checked before each use. A template that does not
 //! match is never used. Without a template a machine is restored plainly.
 //!
-//! Machines with the same files have one template, of the name of the first such machine in `qemu.yaml`. One of them builds
-//! it, and the others wait.
+//! Machines with the same files have one template, of the name of the first such machine in `qemu.yaml` and of a checksum of
+//! their configuration. One of them builds it, and the others wait. After a reload, a machine in use keeps its earlier
+//! configuration, and with it the earlier template.
 //!
 //! The operator may have chosen a folder that holds other files. The plugin therefore removes only files of
 //! these names in folders of these names.

@@ -38,6 +38,8 @@ pub struct Machine {
     pub(super) readiness: ReadinessReport,
     /// The network of the next run, of the present one, or of the last one until the host has ended its capture.
     pub(super) cell: MachineCell,
+    /// The name of the machine's template.
+    template_name: String,
     /// Everything that machines with the same template share.
     pub(super) shared_template: Arc<SharedTemplate>,
 }
@@ -86,13 +88,15 @@ impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, state: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
         shared.has_cells.fetch_or(files.isolation.is_some(), Ordering::SeqCst);
+        let template_name = files.template_name();
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             record: RecordFile::of(name, state),
             cell: MachineCell::default(),
             readiness: ReadinessReport::new(&shared.host, name),
             jail: jail_of(&files),
-            shared_template: shared.shared_templates.of(&files.template),
+            shared_template: shared.shared_templates.of(&template_name),
+            template_name,
             configured: files,
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
@@ -116,7 +120,7 @@ impl Machine {
 
     /// Returns the name of the machine's template.
     pub fn template_name(&self) -> &str {
-        &self.configured.template
+        &self.template_name
     }
 
     pub(super) fn files(&self) -> &MachineFiles {
