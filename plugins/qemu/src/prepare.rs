@@ -33,7 +33,7 @@
 //! | `store` | all templates of a host: find, remove, keep |
 //! | `space` | the disk space of the templates: limit and reservations |
 //! | `build`, `sparse_copy`, `unfinished` | building a template |
-//! | `shared_template` | the turn to build a template, and everything else that its machines share |
+//! | `shared_template`, `turn` | everything that the machines of a template share; the turn to build it |
 //! | `sealed_ram` | the RAM in memory, for an older QEMU and several machines |
 //! | `memory` | the memory that templates need for a while |
 //! | `build_failures` | the failures after which a template is not built again |
@@ -51,6 +51,7 @@ mod shared_template;
 mod space;
 mod sparse_copy;
 mod store;
+mod turn;
 mod unavailable_reason;
 mod unfinished;
 

@@ -89,7 +89,7 @@ impl Machine {
                 Err(why) => self.fall_back("the standby is not used", why, deadline)?,
             }
         }
-        if let Some(template) = self.usable_template(&identity) {
+        if let Some(template) = self.usable_template(&identity, starting, deadline.within(INSTANT_TIMEOUT)) {
             let ram = template.ram.clone();
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
             match self.start_running(starting, memory, devices, deadline.within(INSTANT_TIMEOUT)) {

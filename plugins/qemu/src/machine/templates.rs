@@ -6,12 +6,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, ErrorKind, Result};
+use machinery::{Deadline, Error, ErrorKind, Result};
 use machinery_images::FileId;
 
 use super::base::Machine;
 use super::prepare::Preparation;
 use super::start::StartOptions;
+use super::state::MachineOperation;
 use crate::launch::{Memory, RAM_PATH};
 use crate::prepare::{Build, BuildError, Identity, Opener, Template, Templates, build, unavailable_reason};
 use crate::restore::Load;
@@ -59,21 +60,29 @@ impl Machine {
         })
     }
 
-    /// Returns the machine's template for a restore, if it has one that can be mapped.
-    pub(super) fn usable_template(&self, identity: &Identity) -> Option<Template> {
-        let found = self.template(identity).map(|template| self.mappable(template, &|| Ok(())))?;
-        found
-            .inspect_err(
-                |error| tracing::warn!(machine = self.name(), %error, "the template cannot be mapped"),
-            )
-            .ok()
+    /// Returns the machine's template for a restore, if it has one that can be mapped in time.
+    pub(super) fn usable_template(
+        &self,
+        identity: &Identity,
+        starting: &MachineOperation,
+        deadline: Deadline,
+    ) -> Option<Template> {
+        let mapped = self.mappable(self.template(identity)?, starting, deadline);
+        let warn =
+            |error: &Error| tracing::warn!(machine = self.name(), %error, "the template cannot be mapped");
+        mapped.inspect_err(warn).ok()
     }
 
     /// Returns the template in the form that QEMU maps. A QEMU that opens the RAM for writing could change that of other
     /// machines.
-    fn mappable(&self, template: Template, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<Template> {
+    fn mappable(
+        &self,
+        template: Template,
+        operation: &MachineOperation,
+        deadline: Deadline,
+    ) -> Result<Template> {
         match self.files().is_shared && self.opens_for_writing() {
-            true => self.shared_template.in_memory(template, ensure_wanted),
+            true => self.shared_template.in_memory(template, operation.cancellation(), deadline),
             false => Ok(template),
         }
     }
@@ -195,7 +204,7 @@ impl Preparation<'_> {
     }
 
     fn mappable(&self, template: Template) -> Result<Template, MissingTemplate> {
-        let mappable = self.machine.mappable(template, &|| self.ensure_wanted());
+        let mappable = self.machine.mappable(template, self.operation, self.deadline);
         mappable.map_err(|error| {
             let failed = self.operation.cancellation().is_cancelled().then(|| error.clone().into());
             MissingTemplate { why: format!("its template cannot be mapped: {}", error.reason()), failed }
