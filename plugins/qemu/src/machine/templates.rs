@@ -184,6 +184,7 @@ impl Preparation<'_> {
         if let Some(template) = self.find(identity)? {
             return Ok(template);
         }
+        machine.shared_template.forget_memory();
         match build(templates, machine.template_name(), self, self.deadline) {
             Ok(()) => {
                 let built = machine.template(identity);

@@ -55,6 +55,13 @@ impl SharedTemplates {
         all.insert(name.to_owned(), Arc::downgrade(&template));
         template
     }
+
+    /// Frees the memory of all templates but those of these names. Runs keep what they have mapped.
+    pub fn keep_only(&self, names: &[&str]) {
+        let all = lock(&self.0);
+        let others = all.iter().filter(|(name, _)| !names.contains(&name.as_str()));
+        others.filter_map(|(_, template)| template.upgrade()).for_each(|template| template.forget_memory());
+    }
 }
 
 impl SharedTemplate {
@@ -108,7 +115,10 @@ impl SharedTemplate {
             deadline.check("the template to be loaded into memory")
         })?;
         let file = copied.try_clone().map_err(|error| no_memory(&error))?;
-        *lock(&self.ram) = Some(SealedRam { of: template.ram.clone(), file: copied });
+        // Another machine may have dropped the template meanwhile.
+        if template.ram.is_unchanged() {
+            *lock(&self.ram) = Some(SealedRam { of: template.ram.clone(), file: copied });
+        }
         Ok(file)
     }
 
@@ -199,6 +209,20 @@ mod tests {
         let second = thread::spawn(move || other.in_memory(template, &waiting, soon()).err().unwrap());
         cancellation.cancel();
         assert_eq!(second.join().unwrap().kind(), ErrorKind::Interrupted);
+    }
+
+    #[test]
+    fn copy_in_memory_is_freed_when_no_machine_needs_it_and_stays_for_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let all = SharedTemplates::default();
+        let shared = all.of("a");
+        let of_run = copy(&shared, template(folder.path(), "one")).unwrap();
+        all.keep_only(&["a"]);
+        assert!(lock(&shared.ram).is_some());
+        all.keep_only(&["b"]);
+        assert!(lock(&shared.ram).is_none());
+        let path = format!("/proc/self/fd/{}", of_run.file.as_raw_fd());
+        assert_eq!(fs::read_to_string(path).unwrap(), "one");
     }
 
     #[test]
