@@ -36,12 +36,11 @@
 //! | `shared_template`, `turn` | everything that the machines of a template share; the turn to build it |
 //! | `sealed_ram` | the RAM in memory, for an older QEMU and several machines |
 //! | `memory` | the memory that templates need for a while |
-//! | `build_failures` | the failures after which a template is not built again |
+//! | `template_failures` | the failures after which a template is not tried again |
 //! | `identity` | everything that a template depends on |
 //! | `unavailable_reason` | machines that cannot have a template |
 
 mod build;
-mod build_failures;
 mod identity;
 mod layout;
 mod memory;
@@ -51,6 +50,7 @@ mod shared_template;
 mod space;
 mod sparse_copy;
 mod store;
+mod template_failures;
 mod turn;
 mod unavailable_reason;
 mod unfinished;
@@ -62,4 +62,5 @@ pub use identity::tests::identity as identity_of_a_test;
 pub use opener::Opener;
 pub use shared_template::{SharedTemplate, SharedTemplates};
 pub use store::{Template, Templates};
+pub use template_failures::TemplateFailures;
 pub use unavailable_reason::unavailable_reason;

@@ -15,7 +15,7 @@ use super::state::MachineState;
 use crate::config::MachineFiles;
 use crate::jail::{jail_of, policy_of};
 use crate::peers::Peer;
-use crate::prepare::{Identity, SharedTemplate};
+use crate::prepare::{Identity, SharedTemplate, TemplateFailures};
 use crate::resources::Resource;
 use crate::run::MachineCell;
 use crate::run::record::RecordFile;
@@ -42,6 +42,8 @@ pub struct Machine {
     template_name: String,
     /// Everything that machines with the same template share.
     pub(super) shared_template: Arc<SharedTemplate>,
+    /// The failures of this machine to load a template that others may load.
+    pub(super) load_failures: TemplateFailures,
 }
 
 impl Reloadable for Machine {
@@ -97,6 +99,7 @@ impl Machine {
             jail: jail_of(&files),
             shared_template: shared.shared_templates.of(&template_name),
             template_name,
+            load_failures: TemplateFailures::default(),
             configured: files,
             corrected: OnceLock::new(),
             resources: OnceLock::new(),

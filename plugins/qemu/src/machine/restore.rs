@@ -83,7 +83,7 @@ impl Machine {
         if let Some(standby) = standby {
             match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
                 Ok(run) => {
-                    self.shared_template.failures.clear();
+                    self.on_template_loaded();
                     return Ok(run);
                 }
                 Err(why) => self.fall_back("the standby is not used", why, deadline)?,
@@ -94,7 +94,7 @@ impl Machine {
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
             match self.start_running(starting, memory, devices, deadline.within(INSTANT_TIMEOUT)) {
                 Ok(run) => {
-                    self.shared_template.failures.clear();
+                    self.on_template_loaded();
                     return Ok(run);
                 }
                 Err(why) => {

@@ -4,6 +4,9 @@
 //! machine a ─▶ turn ─▶ builds ─▶ template
 //! machine b ─▶ waits ─────────────▶ uses it; builds if a has failed or was cancelled
 //! ```
+//!
+//! A machine that cannot load the template may be at fault itself. The template is at fault if another machine cannot load
+//! it either, and none has loaded it in between.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -14,10 +17,10 @@ use machinery_backend::sync::lock;
 use machinery_backend::{Cancellation, OverlayTemplates};
 use machinery_images::FileId;
 
-use super::build_failures::BuildFailures;
 use super::memory::no_memory;
 use super::sealed_ram::seal_copy;
 use super::store::Template;
+use super::template_failures::TemplateFailures;
 use super::turn::{Turn, Turns};
 use crate::launch::{Memory, Sharing};
 
@@ -30,7 +33,10 @@ pub struct SharedTemplates(Mutex<HashMap<String, Weak<SharedTemplate>>>);
 pub struct SharedTemplate {
     building: Turns,
     copying: Turns,
-    pub failures: BuildFailures,
+    /// The failures of its builds, and of templates that several machines could not load.
+    pub failures: TemplateFailures,
+    /// The RAM file of the template, and the machine, that was the last to fail to load it, unless another has succeeded.
+    last_failed: Mutex<Option<(FileId, String)>>,
     /// The empty overlays that the overlays of all runs are copied from.
     pub overlays: OverlayTemplates,
     ram: Mutex<Option<SealedRam>>,
@@ -120,6 +126,19 @@ impl SharedTemplate {
             *lock(&self.ram) = Some(SealedRam { of: template.ram.clone(), file: copied });
         }
         Ok(file)
+    }
+
+    /// Notes that the machine has loaded the template, which is good.
+    pub fn loaded(&self) {
+        self.failures.clear();
+        *lock(&self.last_failed) = None;
+    }
+
+    /// Notes that the machine could not load the template with that RAM file; reports whether the template is at fault.
+    pub fn is_at_fault(&self, ram: &FileId, machine: &str) -> bool {
+        let mut last = lock(&self.last_failed);
+        let others = last.replace((ram.clone(), machine.to_owned()));
+        others.is_some_and(|(failed, other)| failed == *ram && other != machine)
     }
 
     /// Frees the copy in memory, once no run maps it any more.
@@ -223,6 +242,20 @@ mod tests {
         assert!(lock(&shared.ram).is_none());
         let path = format!("/proc/self/fd/{}", of_run.file.as_raw_fd());
         assert_eq!(fs::read_to_string(path).unwrap(), "one");
+    }
+
+    #[test]
+    fn template_is_at_fault_when_two_machines_fail_to_load_it_and_none_succeeds() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = SharedTemplates::default().of("a");
+        let [one, two] = ["one", "two"].map(|ram| template(folder.path(), ram).ram);
+        for _ in 0..3 {
+            assert!(!shared.is_at_fault(&one, "m"), "the machine itself may be at fault");
+        }
+        shared.loaded();
+        assert!(!shared.is_at_fault(&one, "n"), "another machine has loaded it");
+        assert!(!shared.is_at_fault(&two, "m"), "the other one has failed to load another template");
+        assert!(shared.is_at_fault(&two, "n"));
     }
 
     #[test]
