@@ -295,13 +295,14 @@ fn memory_of_a_clone_is_never_in_another_one_or_in_a_later_restore() {
     let (mark, text) = ("written through QEMU", "writtenbytheguest");
     let clones = [("base-1", "10.77.0.11"), ("base-2", "10.77.0.12")];
     clones.iter().for_each(|(clone, _)| does(&mut client, "prepare", clone));
-    clones.iter().for_each(|(clone, _)| does(&mut client, "restore_start", clone));
+    does(&mut client, "restore_start", "base-1");
+    let marked = lab.network().inside(|| probe("base-1", "10.77.0.11").mark(text, text, SOON)).unwrap();
+    assert_eq!(marked.unwrap().ram, text);
+    does(&mut client, "restore_start", "base-2");
+    // The guest may not survive it, and its QEMU does.
     let soiled = soil(qemu(&lab, "base-1"), mark.as_bytes());
     assert!(soiled > 1000, "{soiled}");
     assert!(marks_in(&lab, &mut client, "base-1", mark) > soiled / 2, "the marks cannot be found");
-    assert_eq!(marks_in(&lab, &mut client, "base-2", mark), 0, "clones have memory in common");
-    let marked = lab.network().inside(|| probe("base-1", "10.77.0.11").mark(text, text, SOON)).unwrap();
-    assert_eq!(marked.unwrap().ram, text);
     assert!(marks_in(&lab, &mut client, "base-1", text) > 0);
     let is_clean = |client: &mut Client, clone: &str| {
         for mark in [mark, text] {
