@@ -20,8 +20,8 @@
 //! answers ARP for every address but the guest's, so the snapshot's gateway is any. A guest that remembers the hardware
 //! address of another gateway reaches the bridge too, because the bridge takes frames for every hardware address.
 //!
-//! **Rules.** The table inside is made before the interface. The host has one table for the cells of a folder, which each
-//! [`Cell::open`] writes anew in one step; so the next start mends it after somebody has flushed it. It stays until
+//! **Rules.** The table inside is made before the interface. The host has one table for the cells of a folder. [`Cell::open`]
+//! writes it anew in one step if anybody has changed a rule, so the next start mends a table that was flushed. It stays until
 //! [`remove_table`], which the plugin calls when the host ends.
 //!
 //! | from | to | verdict |
@@ -37,10 +37,11 @@
 //! | module | content |
 //! | --- | --- |
 //! | `links` | interfaces, routes and neighbours by netlink |
-//! | `rules` | the rules of nftables |
+//! | `rules`, `generation` | the rules of nftables, and whether anybody has changed them |
 //! | `spec` | [`CellSpec`], [`interface_name`]: the description of a cell, and its names |
 //! | `support` | [`missing`], [`expect_supported`]: the needs of cells |
 
+mod generation;
 mod links;
 mod rules;
 mod spec;
@@ -163,13 +164,12 @@ impl Drop for Cell {
     }
 }
 
-/// Renews the host's rules for a run whose cell is older, because somebody may have flushed them meanwhile. Runs that begin
-/// within a second have them renewed once.
+/// Renews the host's rules for a run whose cell is older, if somebody has changed rules meanwhile.
 ///
 /// # Errors
 /// There is no program `nft`, or it refuses.
 pub fn renew_rules(spec: &CellSpec, deadline: Deadline) -> Result<()> {
-    rules::renew_on_host(prefix_of(&spec.interface)?, spec.result_server, deadline)
+    rules::write_on_host(prefix_of(&spec.interface)?, spec.result_server, deadline)
 }
 
 /// Returns the IPv4 addresses of this host, each with the length of its network's prefix.

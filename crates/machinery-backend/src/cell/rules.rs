@@ -6,11 +6,11 @@ use std::io::{Seek, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::process::Stdio;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use super::generation::Generation;
 use super::links::Mac;
 use super::spec::{CellSpec, INTERFACES, UPLINK};
 use super::support;
@@ -22,9 +22,6 @@ use crate::sync::lock;
 /// Address Registry; the clouds' documentation of their instance metadata.
 const NEVER: &str = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3, 100.100.100.200, 168.63.129.16, \
                      192.0.0.192 }";
-
-/// The age at which the rules of the host are written anew for a run that begins without a new cell.
-const MAX_AGE: Duration = Duration::from_secs(1);
 
 /// Returns the rules inside a cell. `host` is the list of the host's addresses. Frames for a hardware address that the
 /// guest knows from its snapshot are given to the bridge.
@@ -126,28 +123,33 @@ table {table} {{
     )
 }
 
-/// The times at which this process has written the tables of the host. One thread at a time writes: transactions at the
-/// same time would fail and be tried anew, all of them.
-static WRITTEN: Mutex<BTreeMap<String, Instant>> = Mutex::new(BTreeMap::new());
+/// The tables of the host that this process has written, with their result servers, and the generation of all rules since
+/// then. One thread at a time writes: transactions at the same time would fail and be tried anew, all of them.
+static WRITTEN: Mutex<BTreeMap<Table, Generation>> = Mutex::new(BTreeMap::new());
 
-/// Writes the rules of the host for the cells whose interfaces have that prefix.
+type Table = (String, Option<SocketAddrV4>);
+
+/// Writes the rules of the host for the cells whose interfaces have that prefix, unless they are as this process has
+/// written them.
 ///
 /// # Errors
 /// See [`apply`].
 pub fn write_on_host(prefix: &str, server: Option<SocketAddrV4>, deadline: Deadline) -> Result<()> {
     let mut written = lock(&WRITTEN);
+    let key = (prefix.to_owned(), server);
+    let before = Generation::now().ok();
+    if before.is_some() && written.get(&key) == before.as_ref() {
+        return Ok(());
+    }
     apply(&of_host(prefix, server), deadline)?;
-    written.insert(prefix.to_owned(), Instant::now());
+    let after = Generation::now().ok();
+    written.remove(&key);
+    if let Some((before, after)) = before.zip(after).filter(|(before, after)| after.is_next_of(*before)) {
+        // Nobody else has changed a rule meanwhile.
+        written.values_mut().filter(|known| **known == before).for_each(|known| *known = after);
+        written.insert(key, after);
+    }
     Ok(())
-}
-
-/// Writes the rules of the host anew, unless this process has just written them.
-///
-/// # Errors
-/// See [`apply`].
-pub fn renew_on_host(prefix: &str, server: Option<SocketAddrV4>, deadline: Deadline) -> Result<()> {
-    let is_recent = lock(&WRITTEN).get(prefix).is_some_and(|time| time.elapsed() < MAX_AGE);
-    if is_recent { Ok(()) } else { write_on_host(prefix, server, deadline) }
 }
 
 /// Removes the host's table, if it exists.
@@ -157,9 +159,8 @@ pub fn renew_on_host(prefix: &str, server: Option<SocketAddrV4>, deadline: Deadl
 pub fn remove_from_host(prefix: &str, deadline: Deadline) -> Result<()> {
     let mut written = lock(&WRITTEN);
     let table = table(prefix);
-    apply(&format!("add table {table}\ndelete table {table}\n"), deadline)?;
-    written.remove(prefix);
-    Ok(())
+    written.retain(|(other, _), _| other != prefix);
+    apply(&format!("add table {table}\ndelete table {table}\n"), deadline)
 }
 
 fn table(prefix: &str) -> String {
