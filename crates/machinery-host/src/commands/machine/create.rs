@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::find_interface;
 use machinery::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
-use super::context::Context;
-use super::dependents::{QCOW2, expect_no_disk_of_machine};
+use super::context::{Context, KVM};
+use super::dependents::{QCOW2, lock_base};
 use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
+use super::kvm;
 use super::make::{Plan, make, version};
 use super::options::Create;
-use super::publish::{Made, expect_free, publish};
+use super::publish::{Made, expect_accepted, expect_free, publish};
 use super::unfinished::Unfinished;
 use crate::cwd::make_reachable_folder;
 
@@ -25,21 +25,32 @@ use crate::cwd::make_reachable_folder;
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
     create.ready.expect_in_time()?;
+    create.expect_of_machinery()?;
     expect_free(context, &create.name, &create.ip.to_string(), None)?;
-    let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
-    find_interface(interface).map_err(|error| error.machine(&create.name))?;
+    let dsn = (context.machinery == KVM).then(|| kvm::dsn(context.cwd, create)).transpose()?;
+    let interface = match &dsn {
+        Some(dsn) => kvm::interface(create, dsn)?,
+        None => create.network.bridge.clone().unwrap_or_else(|| LOOPBACK.to_owned()),
+    };
+    find_interface(&interface).map_err(|error| error.machine(&create.name))?;
     let base = base_disk(&create.disk)?;
-    let _base = lock_base(context, &base)?;
+    let _base = lock_base(context.cwd, &base)?;
     let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES])?;
     let folder = folder_of(context, create.folder.as_deref(), &create.name)?;
     let mut unfinished = Unfinished::begin(context.cwd, &create.name, &folder)?;
     let made = (|| {
-        let mut info = describe(create, interface, &base)?;
-        let version = version(context, &info, &mut unfinished)?;
-        info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
-        let plan = Plan { info, base, files, ready: &create.ready };
+        let mut info = describe(create, &interface, &base)?;
+        if let Some(dsn) = &dsn {
+            (context.step)("defining the domain");
+            kvm::define(context.config, create, dsn, &mut info, &files, &mut unfinished)?;
+            expect_accepted(context, &info, &folder)?;
+        } else {
+            let version = version(context, &info, &mut unfinished)?;
+            info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
+        }
+        let plan = Plan { info, files, ready: &create.ready };
         let readiness = make(context, &plan, &mut unfinished, &folder)?;
-        publish(context, &create.name, &folder, readiness)
+        publish(context, &plan.info, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)
 }
@@ -71,6 +82,7 @@ fn describe(create: &Create, interface: &str, base: &Path) -> Result<Info> {
         tags: create.tags.clone(),
         start_args: Vec::new(),
         base: Some(base.to_owned()),
+        domain: None,
     }))
 }
 
@@ -85,19 +97,5 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
         Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
         _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
             .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),
-    }
-}
-
-/// Locks the disk: its path is the key of the jail in which the guest boots.
-///
-/// # Errors
-/// A machine has the disk or one below it, or another command boots it.
-pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    expect_no_disk_of_machine(context.cwd, base)?;
-    let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(_) => Err(Error::environment(format!("another command boots the disk {}", base.display()))
-            .advice("Wait for its end")),
     }
 }

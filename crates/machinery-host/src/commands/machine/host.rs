@@ -7,7 +7,6 @@ use std::fs::{self, File};
 use machinery::{Error, Result};
 use serde_json::{Value, json};
 
-use super::context::MACHINERY;
 use crate::client::Client;
 use crate::cwd::Cwd;
 use crate::cwd_lock::lock_without_host;
@@ -63,14 +62,14 @@ pub fn act(cwd: &Cwd, request: Value) -> Result<Option<Value>> {
 ///
 /// # Errors
 /// The host cannot be asked, or runs of an earlier host remain.
-pub fn machines_of(cwd: &Cwd, entries: &[String]) -> Result<Vec<Value>> {
+pub fn machines_of(cwd: &Cwd, machinery: &str, entries: &[String]) -> Result<Vec<Value>> {
     let Some(mut list) = act(cwd, json!({"action": "list"}))? else {
-        return expect_no_runs(cwd).map(|()| Vec::new());
+        return expect_no_runs(cwd, machinery).map(|()| Vec::new());
     };
     let is_of = |machine: &Value, key: &str| entries.iter().any(|entry| machine[key] == json!(entry));
     let Value::Array(mut machines) = list["machines"].take() else { return Ok(Vec::new()) };
     machines.retain(|machine| {
-        machine["machinery_name"] == MACHINERY && (is_of(machine, "name") || is_of(machine, "clone_of"))
+        machine["machinery_name"] == machinery && (is_of(machine, "name") || is_of(machine, "clone_of"))
     });
     Ok(machines)
 }
@@ -81,8 +80,8 @@ pub fn name(machine: &Value) -> &str {
 }
 
 /// Expects that no run of an earlier host remains, which the next one adopts.
-fn expect_no_runs(cwd: &Cwd) -> Result<()> {
-    let entries = fs::read_dir(cwd.machinery_state(MACHINERY)).into_iter().flatten().flatten();
+fn expect_no_runs(cwd: &Cwd, machinery: &str) -> Result<()> {
+    let entries = fs::read_dir(cwd.machinery_state(machinery)).into_iter().flatten().flatten();
     let is_record = |extension: &std::ffi::OsStr| RUN_RECORDS.iter().any(|record| extension == *record);
     match entries.map(|entry| entry.path()).find(|path| path.extension().is_some_and(is_record)) {
         None => Ok(()),
@@ -151,6 +150,7 @@ pub mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::commands::machine::context::MACHINERY;
 
     pub fn cwd(folder: &std::path::Path) -> Cwd {
         fs::write(folder.join(".cuckoocwd"), "").unwrap();
@@ -194,7 +194,7 @@ pub mod tests {
             &cwd,
             vec![json!({"success": true, "machines": machines}), json!({"success": false, "reason": "no"})],
         );
-        let found = machines_of(&cwd, &["w".to_owned(), "twin".to_owned()]).unwrap();
+        let found = machines_of(&cwd, MACHINERY, &["w".to_owned(), "twin".to_owned()]).unwrap();
         assert_eq!(found.iter().map(name).collect::<Vec<_>>(), ["w-1", "w-2", "twin"]);
         let refused = expect_unused(&found).unwrap_err().to_string();
         assert!(refused.contains("'w-2'") && refused.contains("it is running"), "{refused}");
@@ -205,7 +205,7 @@ pub mod tests {
     fn machines_are_unknown_when_a_host_does_not_answer_or_has_left_a_run() {
         let folder = tempfile::tempdir().unwrap();
         let cwd = cwd(folder.path());
-        let ask = || machines_of(&cwd, &["m".to_owned()]).map_err(|error| error.to_string());
+        let ask = || machines_of(&cwd, MACHINERY, &["m".to_owned()]).map_err(|error| error.to_string());
         assert_eq!(ask(), Ok(Vec::new()));
         let host = crate::cwd_lock::lock(&cwd.state(), std::time::Duration::ZERO).unwrap();
         assert!(ask().unwrap_err().contains("does not answer"));

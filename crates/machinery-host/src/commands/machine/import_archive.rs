@@ -75,7 +75,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             screenshot: None,
         };
         let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
-        publish(context, &name, &folder, readiness)
+        publish(context, &info, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)
 }
@@ -94,7 +94,7 @@ impl ImportArchive {
         let machine = &mut info.machine;
         // The files of the archive that are verified and restored.
         (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
-        machine.base = None;
+        (machine.base, machine.domain) = (None, None);
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }

@@ -1,13 +1,15 @@
-//! `machine`: makes machines of the machinery `qemu`, takes their snapshots anew, removes them, and carries them to
-//! another host.
+//! `machine`: makes machines of the machineries `qemu` and `kvm`, takes their snapshots anew, removes them, and carries
+//! those of `qemu` to another host.
 //!
 //! The command loads the plugin in its own process, for the machine alone. The plugin boots and saves the guest in the
-//! jail in which it runs later. A machine is added to the configuration once it was restored.
+//! jail in which it runs later. A machine of `kvm` is a domain, which `virsh` makes and saves. A machine is added to the
+//! configuration once it was restored.
 //!
 //! | module | content |
 //! | --- | --- |
 //! | `options` | the arguments |
 //! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
+//! | `kvm`, `domain`, `description` | the same for a machine of `kvm`; its domain, and libvirt's description of it |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
 //! | `export`, `import_archive`, `archive` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
@@ -16,7 +18,8 @@
 //! | `info` | the description of a machine in its folder |
 //! | `publish`, `host` | the entry in the configuration; the running host |
 //! | `dependents` | the machines that need the files of another one |
-//! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
+//! | `unfinished`, `locks`, `interrupt` | the record of an unfinished machine; signals |
+//! | `leftovers` | the end of runs and domains that a command has left |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
 mod archive;
@@ -24,12 +27,17 @@ mod arguments;
 mod context;
 mod create;
 mod dependents;
+mod description;
+mod domain;
 mod export;
 mod folder;
 mod host;
 mod import_archive;
 mod info;
 mod interrupt;
+mod kvm;
+mod leftovers;
+mod locks;
 mod make;
 mod options;
 mod publish;
@@ -46,12 +54,12 @@ use machinery::{Error, Report, Result};
 
 use crate::config::Config;
 use crate::cwd::Cwd;
-use crate::plugin::open::open;
 use crate::plugin::search::PluginSearch;
-pub use context::{Context, MACHINERY};
+pub use context::{Context, KVM, MACHINERY};
 use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
+use info::machinery_of;
 use options::Create;
 pub use publish::{Made, lock_configuration};
 use remove::Remove;
@@ -63,11 +71,11 @@ pub use unfinished::expect_no_command;
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Machine {
-    /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to qemu.yaml
+    /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to the configuration
     Create(Box<Create>),
     /// Take the snapshot of a machine anew, from a cold boot of the disk that it was made of
     Snapshot(Snapshot),
-    /// Remove a machine from qemu.yaml, and its files
+    /// Remove a machine from the configuration, and its files
     Remove(Remove),
     /// Write a machine into a single file, for another host
     Export(Export),
@@ -104,6 +112,20 @@ impl Machine {
     pub fn confirm(&self, cwd: &Cwd) -> Result<()> {
         if let Machine::Remove(remove) = self { remove.confirm(cwd) } else { Ok(()) }
     }
+
+    /// Returns the machinery of the machine.
+    ///
+    /// # Errors
+    /// The configuration cannot be read.
+    pub fn machinery(&self, cwd: &Cwd) -> Result<&'static str> {
+        match self {
+            Machine::Create(create) => Ok(create.machinery.as_str()),
+            Machine::Snapshot(Snapshot { name, .. })
+            | Machine::Remove(Remove { name, .. })
+            | Machine::Export(Export { name, .. }) => machinery_of(cwd, name),
+            Machine::Import(_) | Machine::Clear { .. } => Ok(MACHINERY),
+        }
+    }
 }
 
 /// Clears what interrupted commands have left, before the state of a host is removed.
@@ -116,10 +138,10 @@ pub fn clear_all(cwd: &Cwd, config: &Config, search: &PluginSearch) -> Result<()
     if !has_any() {
         return Ok(());
     }
-    let opened = open(MACHINERY, search, config.plugin_hashes.as_ref(), config.timeouts.load)?;
-    let (check, step) = (|_| Ok(Report::default()), |_: &str| ());
-    let (plugin, globals) = (&opened.plugin, Vec::new());
-    clear_abandoned(&Context { cwd, config, plugin, check: &check, step: &step, globals }, None).map(drop)
+    let check = |_: &str, _| Ok(Report::default());
+    let (machinery, step, globals) = (MACHINERY, |_: &str| (), Vec::new());
+    let context = Context { cwd, config, machinery, search, check: &check, step: &step, globals };
+    clear_abandoned(&context, None).map(drop)
 }
 
 /// Runs the command.
@@ -168,7 +190,9 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
 /// Returns the error of a command that was interrupted. A machine that is in the configuration already stays.
 fn interrupted_after(is_configured: bool) -> Error {
     Error::interrupted(match is_configured {
-        true => "the command was interrupted in its last step; the machine is in qemu.yaml, and stays",
+        true => {
+            "the command was interrupted in its last step; the machine is in the configuration, and stays"
+        }
         false => "the command was interrupted; unfinished machines are removed",
     })
 }

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use machinery::{Error, Result};
 
+use super::context::{KVM, MACHINERY};
+
 /// The machine to make.
 #[derive(Debug, Clone, Args)]
 pub struct Create {
@@ -19,6 +21,12 @@ pub struct Create {
     pub ip: IpAddr,
     #[command(flatten)]
     pub network: Network,
+    /// Machinery of the machine: a process of QEMU, or a domain of libvirt
+    #[arg(long, value_enum, default_value = "qemu")]
+    pub machinery: Machinery,
+    /// Address of libvirt, with --machinery kvm [default: dsn in kvm.yaml]
+    #[arg(long, value_name = "URI")]
+    pub dsn: Option<String>,
     /// Operating system of the guest, for its devices
     #[arg(long, value_enum, default_value = "windows")]
     pub platform: Platform,
@@ -66,6 +74,9 @@ pub struct Network {
     /// Bridge of the guest's network card, which must exist
     #[arg(long, value_name = "BRIDGE")]
     pub bridge: Option<String>,
+    /// Network of libvirt, with --machinery kvm
+    #[arg(long, value_name = "NETWORK")]
+    pub libvirt_network: Option<String>,
     /// Connect the guest to nothing but the agent's port, at a loopback address of this host
     #[arg(long)]
     pub user: bool,
@@ -88,6 +99,32 @@ pub struct Ready {
     pub screenshot: Option<PathBuf>,
 }
 
+impl Create {
+    /// Expects that the options are those of the machinery.
+    ///
+    /// # Errors
+    /// One is of the other machinery.
+    pub fn expect_of_machinery(&self) -> Result<()> {
+        let is_kvm = self.machinery == Machinery::Kvm;
+        let given =
+            [("--dsn", self.dsn.is_some()), ("--libvirt-network", self.network.libvirt_network.is_some())];
+        if let Some((option, _)) = given.into_iter().find(|(_, is_given)| *is_given && !is_kvm) {
+            return Err(
+                Error::configuration(format!("{option} is about libvirt")).advice("Add --machinery kvm")
+            );
+        }
+        if is_kvm && self.uefi {
+            return Err(Error::unsupported(
+                "a domain with UEFI, of which most versions of libvirt take no internal snapshot",
+            )
+            .advice(
+                "Leave out --machinery kvm. Or define the domain yourself, and add it with `import libvirt`",
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Ready {
     /// Expects that the guest can be ready before the command gives up.
     ///
@@ -101,6 +138,25 @@ impl Ready {
             ))
             .advice("Give a longer --timeout")),
             _ => Ok(()),
+        }
+    }
+}
+
+/// The machineries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Machinery {
+    /// A process of QEMU, in the jail of this program
+    Qemu,
+    /// A domain of libvirt
+    Kvm,
+}
+
+impl Machinery {
+    /// Returns the machinery's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Machinery::Qemu => MACHINERY,
+            Machinery::Kvm => KVM,
         }
     }
 }

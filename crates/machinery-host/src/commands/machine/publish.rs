@@ -12,9 +12,12 @@ use serde_json::json;
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
+use super::domain::INSTALLED;
 use super::host::reload;
+use super::info::Info;
 use crate::commands::import::{Import, import, without_lines};
 use crate::cwd::Cwd;
+use crate::plugin::search::is_listed;
 
 /// A machine that was made, or changed.
 #[derive(Debug, Serialize)]
@@ -37,7 +40,7 @@ pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
     }
-    for machinery in config.machineries.iter().map(String::as_str).chain([MACHINERY]) {
+    for machinery in config.machineries.iter().map(String::as_str).chain([context.machinery]) {
         // A file that cannot be read is reported by whatever needs it.
         let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
         let Some(machines) = file.parse_at::<Mapping>(&["machines"])? else { continue };
@@ -69,7 +72,9 @@ const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
 /// Asks the plugin, which knows all clones, whether one has the name, the address or the network card.
 fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
     let path = context.cwd.machinery_yaml(MACHINERY);
-    if !path.exists() {
+    // Without the machinery, there may be no plugin that knows them.
+    let is_listed = context.machinery == MACHINERY || is_listed(MACHINERY, &context.config.machineries);
+    if !is_listed || !path.exists() {
         return Ok(());
     }
     let mut config: Mapping = ConfigFile::read(&path)?.parse()?;
@@ -86,7 +91,7 @@ fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Optio
         machines.insert(name.into(), entry);
     }
     let text = serde_yaml::to_string(&config).unwrap_or_default();
-    let report = (context.check)(ConfigFile { path, text })?;
+    let report = (context.check)(MACHINERY, ConfigFile { path, text })?;
     let is_taken = |text: &str| UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")));
     let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
     match problems.map(|finding| without_lines(&finding.text)).find(|text| is_taken(text)) {
@@ -99,13 +104,43 @@ fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Optio
 ///
 /// # Errors
 /// The configuration cannot be changed, or refuses the machine.
-pub fn publish(context: &Context<'_>, name: &str, folder: &Path, ready: RestoreReadiness) -> Result<Made> {
+pub fn publish(context: &Context<'_>, info: &Info, folder: &Path, ready: RestoreReadiness) -> Result<Made> {
     (context.step)("adding the machine to the configuration");
     let _lock = lock_configuration(context.cwd)?;
-    let added = import(&Import::of_folder(folder), &context.cwd.machinery_yaml(MACHINERY), context.check)?;
+    let check = |file| context.check(file);
+    let added = import(&import_of(info, folder), &context.cwd.machinery_yaml(context.machinery), &check)?;
     let mut notes = added.notes;
     notes.extend(reload(context.cwd));
-    Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
+    Ok(Made { machine: info.machine.name.clone(), folder: folder.to_owned(), ready, notes })
+}
+
+/// Expects that the configuration takes the machine of a domain, before the guest boots.
+///
+/// # Errors
+/// The configuration cannot be changed, or refuses the machine.
+pub fn expect_accepted(context: &Context<'_>, info: &Info, folder: &Path) -> Result<()> {
+    let mut info = info.clone();
+    if let Some(domain) = &mut info.machine.domain {
+        INSTALLED.clone_into(&mut domain.snapshot);
+    }
+    let check = |file| context.check(file);
+    import(&import_of(&info, folder).dry(), &context.cwd.machinery_yaml(context.machinery), &check).map(drop)
+}
+
+/// Returns the import of the machine, which makes its entry.
+fn import_of(info: &Info, folder: &Path) -> Import {
+    let machine = &info.machine;
+    let Some(domain) = &machine.domain else { return Import::of_folder(folder) };
+    let values = [
+        ("snapshot", domain.snapshot.clone()),
+        ("ip", machine.ip.clone()),
+        ("platform", machine.os_name.clone()),
+        ("os_version", machine.os_version.clone()),
+        ("interface", machine.bridge.clone()),
+        ("agent_port", machine.agent_port.to_string()),
+        ("tags", machine.tags.join(",")),
+    ];
+    Import::of_domain(&domain.dsn, &domain.label, &values)
 }
 
 /// Waits until no other command changes the configuration. The lock ends with the file.

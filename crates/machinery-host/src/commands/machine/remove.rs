@@ -16,11 +16,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use serde_yaml::Mapping;
 
-use super::context::{Context, MACHINERY};
+use super::context::{Context, KVM};
 use super::dependents::expect_no_dependents;
-use super::folder::remove_folder;
+use super::domain::Recorded;
 use super::host;
-use super::info::{Info, entries, files_of};
+use super::info::{Info, entries, files_of, machinery_of};
+use super::kvm;
 use super::publish::lock_configuration;
 use super::unfinished::Unfinished;
 use crate::commands::import;
@@ -83,6 +84,11 @@ impl Remove {
 
     /// Returns the paths to remove: the folder of a machine that this program has made, or else the machine's files.
     fn paths(&self, cwd: &Cwd) -> Result<Vec<PathBuf>> {
+        if machinery_of(cwd, &self.name)? == KVM {
+            let found = kvm::find(cwd, &self.name)?;
+            expect_no_dependents(cwd, &self.name, std::slice::from_ref(&found.folder))?;
+            return Ok(vec![found.folder]);
+        }
         let files = files_of(cwd, &self.name)?;
         if let Some(folder) = own_folder(&files) {
             expect_no_dependents(cwd, &self.name, &[folder.to_owned()])?;
@@ -125,12 +131,11 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let paths = remove.paths(cwd)?;
     make_state_folder(cwd)?;
     let _absent = host::keep_out(cwd)?;
-    let machines = host::machines_of(cwd, std::slice::from_ref(name))?;
+    let machines = host::machines_of(cwd, context.machinery, std::slice::from_ref(name))?;
     host::expect_unused(&machines)?;
-    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
-    let mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
+    let mark = begin(context, name, &machines)?;
     let lock = lock_configuration(cwd)?;
-    let yaml = cwd.machinery_yaml(MACHINERY);
+    let yaml = cwd.machinery_yaml(context.machinery);
     let given_up = import::remove(&yaml, name).and_then(|before| {
         give_up(cwd, &machines).or_else(|error| {
             import::restore(&yaml, &before)?;
@@ -140,22 +145,34 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     });
     drop(lock);
     if let Err(error) = given_up {
-        mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
+        mark.map_or(Ok(()), |mark| mark.finish(cwd, &paths[0]))?;
         return Err(error.machine(name));
     }
-    // The machine is removed by now: files that remain are no failure.
-    let removed = match &folder {
-        Some(folder) => remove_folder(folder),
-        None => remove_files(&paths),
-    };
-    let finished = mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))));
-    let notes = [removed, finished].into_iter().filter_map(|done| done.err().map(|error| error.to_string()));
-    Ok(Removed { machine: name.clone(), removed: paths, notes: notes.collect() })
+    // The machine is removed by now: files that remain are no failure, and the next command removes them.
+    let removed = mark.map_or_else(|| remove_files(&paths), |mark| mark.clear(context));
+    let notes = removed.err().map(|error| error.to_string());
+    Ok(Removed { machine: name.clone(), removed: paths, notes: notes.into_iter().collect() })
+}
+
+/// Marks the folder of a machine that this program has made. `machines` are those of a running host.
+fn begin(context: &Context<'_>, name: &str, machines: &[Value]) -> Result<Option<Unfinished>> {
+    let cwd = context.cwd;
+    if context.machinery == KVM {
+        let found = kvm::find(cwd, name)?;
+        // A host that runs knows the state of its machines, and ends a standby itself.
+        if machines.is_empty() {
+            kvm::expect_off(&found.domain).map_err(|error| error.machine(name))?;
+        }
+        let domain = Some(Recorded::whole(&found.domain));
+        return Unfinished::begin_removal(cwd, name, &found.folder, domain).map(Some);
+    }
+    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
+    folder.map(|folder| Unfinished::begin_removal(cwd, name, &folder, None)).transpose()
 }
 
 /// Expects that `machinery-host.yaml` has no section for the machine, which a host refuses without an entry.
 fn expect_no_section(context: &Context<'_>, name: &str) -> Result<()> {
-    let key = ["machineries", MACHINERY, "machines", name];
+    let key = ["machineries", context.machinery, "machines", name];
     let Some(file) = &context.config.host_file else { return Ok(()) };
     let machines = file.parse_at::<Mapping>(&key[..3])?.unwrap_or_default();
     if machines.contains_key(name) {

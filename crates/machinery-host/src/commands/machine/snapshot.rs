@@ -15,12 +15,12 @@ use clap::Args;
 use machinery::{Error, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::context::Context;
-use super::create::lock_base;
-use super::dependents::{dependents_of, refuse};
+use super::context::{Context, KVM};
+use super::dependents::{dependents_of, lock_base, refuse};
 use super::folder::{remove_folder, set_mark, sync, sync_name};
 use super::host;
 use super::info::{Info, files_of};
+use super::kvm;
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::Made;
@@ -43,6 +43,9 @@ pub struct Snapshot {
 pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let (cwd, name) = (context.cwd, &snapshot.name);
     snapshot.ready.expect_in_time()?;
+    if context.machinery == KVM {
+        return kvm::snapshot(context, name, &snapshot.ready);
+    }
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
     let info = Info::read(&folder).map_err(|error| error.machine(name))?;
@@ -53,12 +56,12 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     };
     expect_no_folders(&folder).map_err(|error| error.machine(name))?;
     let entries = entries_of(context, name, &files, &folder)?;
-    host::expect_unused(&host::machines_of(cwd, &entries)?)?;
-    let _base = lock_base(context, &base)?;
+    host::expect_unused(&host::machines_of(cwd, context.machinery, &entries)?)?;
+    let _base = lock_base(cwd, &base)?;
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
     let made = (|| {
         unfinished.hold(cwd, &entries)?;
-        let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
+        let plan = Plan { info, files: other_files(&folder)?, ready: &snapshot.ready };
         let ready = make(context, &plan, &mut unfinished, &folder)?;
         let notes = publish(context, &entries, &folder, unfinished.machine_folder())?;
         Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
@@ -99,7 +102,7 @@ fn contents(folder: &Path) -> Result<Vec<(PathBuf, OsString)>> {
 /// Gives the new disk and snapshot to the machine and to a running host. Returns what the operator has to know.
 fn publish(context: &Context<'_>, entries: &[String], folder: &Path, new: &Path) -> Result<Vec<String>> {
     let _absent = host::keep_out(context.cwd)?;
-    host::expect_unused(&host::machines_of(context.cwd, entries)?)?;
+    host::expect_unused(&host::machines_of(context.cwd, context.machinery, entries)?)?;
     carry_over(folder, new)?;
     sync(new)?;
     exchange(folder, new)?;

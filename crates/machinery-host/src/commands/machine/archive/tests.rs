@@ -18,6 +18,7 @@ fn description() -> Vec<u8> {
         tags: Vec::new(),
         start_args: vec![text("-m")],
         base: None,
+        domain: None,
     };
     serde_json::to_vec(&Info::new(machine)).unwrap()
 }
