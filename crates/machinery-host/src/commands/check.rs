@@ -58,9 +58,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report
         for conflict in conflicts(&plugins) {
             report.problem(&conflict);
         }
-        if config.machineries.iter().any(|name| name == machine::MACHINERY) {
-            machine::check_installed_disks(cwd, &mut report);
-        }
+        machine::check_installed_disks(cwd, &config.machineries, &mut report);
         check_names(cwd, &config, &mut report);
         check_addresses(cwd, &config, &mut report);
     }
@@ -153,12 +151,28 @@ fn check_machinery(
 ///
 /// # Errors
 /// The plugin fails or does not return in time.
-pub fn check_with_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
+fn check_with_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
     let services = Arc::new(Services::new(plugin.name(), Arc::default()));
     let what = format!("checking '{}'", plugin.name());
     let checked = plugin.clone();
     let found = call_blocking(config.timeouts.load, &what, move || checked.check(&setup, services));
     found.map_err(|error| error.action(what))
+}
+
+/// Returns the findings of a machinery's plugin about this content of its configuration file.
+///
+/// # Errors
+/// The plugin cannot be opened, or fails.
+pub fn check_content(
+    cwd: &Cwd,
+    machinery: &str,
+    file: ConfigFile,
+    config: &Config,
+    search: &PluginSearch,
+) -> Result<Report> {
+    let opened =
+        open(machinery, search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
+    check_with_plugin(&opened.plugin, load::setup_with(file, machinery, cwd, config), config)
 }
 
 fn check_folders(setup: &Setup, report: &mut Report) {

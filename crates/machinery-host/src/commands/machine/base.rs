@@ -3,13 +3,16 @@
 //! The description of a machine has the identity of each file of that disk. A write by another program nearly always makes
 //! the file larger. A backup restores the size of a file, and may change its times.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery::{Error, Report, Result};
 use machinery_images::{Chain, FileId};
 
-use super::info::{Description, Info, entries};
+use super::context::{KVM, MACHINERY};
+use super::info::{Description, Entry, Info, entries};
+use super::kvm;
 use crate::cwd::Cwd;
+use crate::plugin::search::is_listed;
 
 const ADVICE: &str =
     "Put the old file back from a backup. Or remove the machine, and make it anew of this disk";
@@ -19,9 +22,8 @@ const ADVICE: &str =
 /// # Errors
 /// A file is missing, or cannot be read.
 pub fn identify(base: &Path) -> Result<Vec<FileId>> {
-    let identify = |file: &std::path::PathBuf| {
-        FileId::of_content(file).map_err(|error| Error::io("look at", file, &error))
-    };
+    let identify =
+        |file: &PathBuf| FileId::of_content(file).map_err(|error| Error::io("look at", file, &error));
     Chain::of(base, Some("qcow2"))?.files.iter().map(identify).collect()
 }
 
@@ -57,10 +59,17 @@ pub fn expect_unchanged(machine: &Description) -> Result<Vec<String>> {
 }
 
 /// Reports installed disks that have changed. Others report a configuration that cannot be read, and files that are missing.
-pub fn check(cwd: &Cwd, report: &mut Report) {
-    for entry in entries(cwd).unwrap_or_default() {
-        let folder = entry.paths.last().and_then(|description| description.parent());
-        let Some(info) = folder.and_then(|folder| Info::read(folder).ok()) else { continue };
+pub fn check(cwd: &Cwd, machineries: &[String], report: &mut Report) {
+    let mut described = Vec::new();
+    if is_listed(MACHINERY, machineries) {
+        let folder = |entry: &Entry| Some(entry.paths.last()?.parent()?.to_owned());
+        let folders: Vec<PathBuf> = entries(cwd).unwrap_or_default().iter().filter_map(folder).collect();
+        described.extend(folders.iter().filter_map(|folder| Info::read(folder).ok()));
+    }
+    if is_listed(KVM, machineries) {
+        described.extend(kvm::all_found(cwd).map(|found| found.info));
+    }
+    for info in described {
         if let Some(warnings) = report.keep(expect_unchanged(&info.machine)) {
             warnings.into_iter().for_each(|warning| report.warning(warning));
         }
