@@ -6,7 +6,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::{Guest, GuestProbe, Marks};
@@ -90,17 +90,6 @@ fn probe(lab: &KvmLab) -> GuestProbe {
     GuestProbe { name: "m".to_owned(), ip, serial: folder(lab).join("serial.log") }
 }
 
-fn served(lab: &KvmLab) -> (RunningHost, Client) {
-    let host = lab.host().unwrap();
-    let client = host.client().unwrap();
-    (host, client)
-}
-
-#[track_caller]
-fn does(client: &mut Client, action: &str) {
-    assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
-}
-
 /// Returns the names of all domains, or of a domain's snapshots.
 fn names(lab: &KvmLab, list: &[&str]) -> Vec<String> {
     let listed = lab.libvirtd().virsh(list).unwrap();
@@ -136,10 +125,10 @@ fn assert_finished(lab: &KvmLab) {
 fn restores_clean(client: &mut Client, probe: &GuestProbe) {
     let of_snapshot = Marks { ram: "snapshot".to_owned(), disk: "snapshot".to_owned() };
     for _ in 0..2 {
-        does(client, "restore_start");
+        client.perform("restore_start", "m");
         assert_eq!(probe.marks(SOON).unwrap(), of_snapshot);
         assert_ne!(probe.mark("run", "run", SOON).unwrap(), of_snapshot);
-        does(client, "stop");
+        client.perform("stop", "m");
     }
 }
 
@@ -161,7 +150,7 @@ fn machine_of_a_disk_is_a_domain_that_is_restored_saved_anew_and_removed() {
     assert_eq!((domains(&lab).len(), snapshots(&lab)), (2, vec!["clean".to_owned(), "installed".to_owned()]));
     assert_sound(&lab);
     let probe = probe(&lab);
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     restores_clean(&mut client, &probe);
     assert!(host.terminate().unwrap().success());
 
@@ -172,7 +161,7 @@ fn machine_of_a_disk_is_a_domain_that_is_restored_saved_anew_and_removed() {
     assert_eq!(lab.cwd().yaml("kvm").unwrap(), commented.replace("clean #", "clean-2 #"));
     assert_eq!(snapshots(&lab), ["clean-2", "installed"]);
     assert_sound(&lab);
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     restores_clean(&mut client, &probe);
     assert!(host.terminate().unwrap().success());
 
@@ -193,24 +182,24 @@ fn machine_of_a_disk_is_a_domain_that_is_restored_saved_anew_and_removed() {
 fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     let lab = lab(Guest::Micro);
     lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
-    let (mut host, mut client) = served(&lab);
+    let (mut host, mut client) = lab.serve().unwrap();
     let made = run(&lab, &creation(&lab, Guest::Micro, &["--user"], &[]));
     assert!(succeeds(&made).stdout.contains("its restores are instant"), "{made:?}");
     let probe = probe(&lab);
-    does(&mut client, "prepare");
-    does(&mut client, "restore_start");
+    client.perform("prepare", "m");
+    client.perform("restore_start", "m");
     let first = probe.first_count(SOON).unwrap();
     assert!(first > 1, "the guest continues, and does not boot: {first}");
     // A machine that is on is neither saved nor removed.
     for words in [&["snapshot", "m"][..], &["remove", "m", "--yes"]] {
         fails(&lab.run(&[&["machine"], words].concat()).unwrap(), &["the running host uses the machine"]);
     }
-    does(&mut client, "stop");
+    client.perform("stop", "m");
     // The generation id of a run is no change of the domain: its save image is made once.
     let image = lab.cwd().root().join("operational/generated/machinery-host/kvm/cache/m.machinery-image");
     let made = fs::metadata(&image).unwrap().ino();
     for action in ["restore_start", "stop", "prepare"] {
-        does(&mut client, action);
+        client.perform(action, "m");
     }
     assert_eq!(fs::metadata(&image).unwrap().ino(), made);
 
@@ -219,14 +208,14 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     assert_eq!(fs::read_to_string(folder(&lab).join("notes.log")).unwrap(), "the operator's");
     assert_eq!(snapshots(&lab), ["clean-2", "installed"]);
     assert_eq!(client.machine("m").unwrap()["disabled"], json!(false));
-    does(&mut client, "restore_start");
+    client.perform("restore_start", "m");
     assert!(probe.first_count(SOON).unwrap() > first, "it was saved later");
-    does(&mut client, "stop");
+    client.perform("stop", "m");
 
     // The domain of a standby is on. The host ends it.
     lab.cwd().change_host_yaml("instant: on", "standby: on").unwrap();
     let has_standby = |client: &mut Client| {
-        does(client, "prepare");
+        client.perform("prepare", "m");
         assert_eq!(client.machine("m").unwrap()["ready"]["mode"], json!("standby"));
     };
     assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], json!(true));
@@ -291,9 +280,9 @@ fn machine_on_a_bridge(network: &TestNetwork) {
         assert!(yaml.contains("    mac_address: \"52:54:00:"), "{yaml}");
         let mut host = RunningHost::start_with(lab.cwd(), |command| network.attach(command)).unwrap();
         let mut client = host.client().unwrap();
-        does(&mut client, "restore_start");
+        client.perform("restore_start", "m");
         assert!(network.members(TestNetwork::BRIDGE).unwrap().contains("vnet"));
-        does(&mut client, "stop");
+        client.perform("stop", "m");
         assert!(host.terminate().unwrap().success());
         let mut remove = host::command(lab.cwd()).unwrap();
         remove.args(["machine", "remove", "m", "--yes"]);
@@ -310,6 +299,10 @@ fn wrong_values_are_refused_and_leave_nothing() {
     fails(&create(&["--user"], &["--uefi"]), &["UEFI", "import libvirt"]);
     fails(&create(&["--user"], &["--dsn", "qemu:///other"]), &["kvm.yaml names the libvirt"]);
     fails(&create(&["--bridge", "none-such"], &[]), &["none-such"]);
+    let clones = ["--clones", "2", "--clone-ips", "127.0.0.5-6"];
+    for (network, option) in [(&["--isolated"][..], "--isolated"), (&clones, "--clones")] {
+        fails(&create(network, &[]), &[option, "libvirt makes the network", "--libvirt-network"]);
+    }
     let words = creation(&lab, Guest::Micro, &["--libvirt-network", "lab"], &[]);
     let of_qemu: Vec<String> =
         words.into_iter().filter(|word| word != "--machinery" && word != "kvm").collect();
@@ -351,5 +344,28 @@ fn wrong_values_are_refused_and_leave_nothing() {
     lab.libvirtd().virsh(&["start", "m"]).unwrap();
     fails(&lab.run(&["machine", "remove", "m", "--yes"]).unwrap(), &["its domain 'm' is on"]);
     lab.libvirtd().virsh(&["destroy", "m"]).unwrap();
+    assert_finished(&lab);
+}
+
+#[test]
+fn changed_installed_disk_is_reported_and_a_touched_one_causes_a_warning() {
+    let lab = lab(Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, Guest::Micro, &["--user"], &[])));
+    let checked = || lab.run(&["check"]).unwrap();
+    assert!(!checked().stdout.contains("installed disk"), "{:?}", checked());
+    let base = fs::File::options().append(true).open(&lab.machine("seed").disk).unwrap();
+    base.set_modified(SystemTime::now() - SOON).unwrap();
+    assert!(succeeds(&checked()).stdout.contains("has its old size"), "{:?}", checked());
+    let taken = lab.run(&["machine", "snapshot", "m", "--ready-after", "1"]).unwrap();
+    assert!(succeeds(&taken).stdout.contains("has its old size"), "{taken:?}");
+    assert!(!checked().stdout.contains("installed disk"), "{:?}", checked());
+    base.set_len(base.metadata().unwrap().len() + 512).unwrap();
+    let reported = checked();
+    assert!(
+        reported.code == Some(2) && reported.stdout.contains("the installed disk has changed"),
+        "{reported:?}"
+    );
+    fails(&lab.run(&["machine", "snapshot", "m"]).unwrap(), &["the installed disk has changed"]);
+    assert_eq!(snapshots(&lab), ["clean-2", "installed"]);
     assert_finished(&lab);
 }

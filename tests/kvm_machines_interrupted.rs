@@ -145,3 +145,37 @@ fn interrupted_command_leaves_its_machine_as_it_was() {
     drop(host);
     assert_no_record(&lab, "interrupted");
 }
+
+#[test]
+fn snapshot_is_finished_when_a_host_starts_or_ends_during_it() {
+    let lab = lab();
+    let made = host::run_command(creation(&lab, &["--ready-after", "1"])).unwrap();
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let taking = || {
+        let mut command = host::command(lab.cwd()).unwrap();
+        command.args(["-v", "machine", "snapshot", "m", "--ready-after", "5"]);
+        let mut taking = LoggedCommand::start(command);
+        taking.wait_for("waiting for");
+        taking
+    };
+    let started = taking();
+    let (mut host, mut client) = lab.serve().unwrap();
+    assert_eq!(client.machine("m").unwrap()["disabled_reason"], "its snapshot is taken anew");
+    let (code, log) = started.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(virsh(&lab, &["snapshot-list", "--name", "m"]), ["clean-2", "installed"]);
+    assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    client.perform("restore_start", "m");
+    client.perform("stop", "m");
+
+    let ended = taking();
+    assert!(host.terminate().unwrap().success());
+    let (code, log) = ended.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(virsh(&lab, &["snapshot-list", "--name", "m"]), ["clean", "installed"]);
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.perform("restore_start", "m");
+    client.perform("stop", "m");
+    assert!(host.terminate().unwrap().success());
+    assert_no_record(&lab, "a host has started and ended");
+}

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::cwd::Cwd;
@@ -34,4 +35,18 @@ fn is_being_made(folder: &Path) -> bool {
 pub fn try_lock(folder: &Path) -> io::Result<Option<File>> {
     let file = File::options().write(true).create(true).truncate(false).open(folder.join(LOCK))?;
     Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
+}
+
+/// Expects that no command is at work.
+///
+/// # Errors
+/// One is.
+pub fn expect_no_command(cwd: &Cwd) -> Result<()> {
+    let is_at_work = |folder: &PathBuf| !matches!(try_lock(folder), Ok(Some(_)));
+    match records(cwd).find(is_at_work) {
+        None => Ok(()),
+        Some(folder) => Err(Error::environment("a `machine` command is at work on this machine")
+            .machine(folder.file_name().unwrap_or_default().display().to_string())
+            .advice("Wait for its end")),
+    }
 }

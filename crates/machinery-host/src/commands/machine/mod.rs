@@ -69,6 +69,7 @@ pub use export::Exported;
 pub use host::HELD;
 use import_archive::ImportArchive;
 use info::machinery_of;
+pub use locks::expect_no_command;
 use options::Create;
 pub use publish::Made;
 use remove::Remove;
@@ -76,7 +77,7 @@ pub use remove::Removed;
 pub use section::lock_configuration;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
-pub use unfinished::{expect_no_command, held_entries};
+pub use unfinished::held_entries;
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]

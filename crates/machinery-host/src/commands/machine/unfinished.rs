@@ -301,20 +301,6 @@ pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<
     Error::all(remains).map_or(Ok(cleared), Err)
 }
 
-/// Expects that no command is at work.
-///
-/// # Errors
-/// One is.
-pub fn expect_no_command(cwd: &Cwd) -> Result<()> {
-    let is_at_work = |folder: &PathBuf| !matches!(try_lock(folder), Ok(Some(_)));
-    match records(cwd).find(is_at_work) {
-        None => Ok(()),
-        Some(folder) => Err(Error::environment("a `machine` command is at work on this machine")
-            .machine(folder.file_name().unwrap_or_default().display().to_string())
-            .advice("Wait for its end")),
-    }
-}
-
 /// Returns the entries whose machines commands hold that are at work.
 pub fn held_entries(cwd: &Cwd) -> Vec<String> {
     let is_at_work = |folder: &PathBuf| matches!(try_lock(folder), Ok(None));
@@ -359,6 +345,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::locks::expect_no_command;
     use super::*;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
