@@ -3,7 +3,7 @@
 use machinery::config::ConfigFile;
 use machinery::{Report, Result};
 
-use crate::commands::check::check_content;
+use crate::commands::check::content::check_content;
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::plugin::search::{self, PluginSearch};

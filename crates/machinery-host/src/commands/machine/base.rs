@@ -5,14 +5,10 @@
 
 use std::path::{Path, PathBuf};
 
-use machinery::{Error, Report, Result};
+use machinery::{Error, Result};
 use machinery_images::{Chain, FileId};
 
-use super::context::{KVM, MACHINERY};
-use super::info::{Description, Entry, Info, entries};
-use super::kvm;
-use crate::cwd::Cwd;
-use crate::plugin::search::is_listed;
+use super::info::Description;
 
 const ADVICE: &str =
     "Put the old file back from a backup. Or remove the machine, and make it anew of this disk";
@@ -56,24 +52,6 @@ pub fn expect_unchanged(machine: &Description) -> Result<Vec<String>> {
         }
     }
     Ok(warnings)
-}
-
-/// Reports installed disks that have changed. Others report a configuration that cannot be read, and files that are missing.
-pub fn check(cwd: &Cwd, machineries: &[String], report: &mut Report) {
-    let mut described = Vec::new();
-    if is_listed(MACHINERY, machineries) {
-        let folder = |entry: &Entry| Some(entry.paths.last()?.parent()?.to_owned());
-        let folders: Vec<PathBuf> = entries(cwd).unwrap_or_default().iter().filter_map(folder).collect();
-        described.extend(folders.iter().filter_map(|folder| Info::read(folder).ok()));
-    }
-    if is_listed(KVM, machineries) {
-        described.extend(kvm::all_found(cwd).map(|found| found.info));
-    }
-    for info in described {
-        if let Some(warnings) = report.keep(expect_unchanged(&info.machine)) {
-            warnings.into_iter().for_each(|warning| report.warning(warning));
-        }
-    }
 }
 
 #[cfg(test)]

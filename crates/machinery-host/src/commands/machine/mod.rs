@@ -19,7 +19,7 @@
 //! | `info` | the description of a machine in its folder |
 //! | `publish`, `host` | the entry in the configuration; the running host |
 //! | `section` | the section in `machinery-host.yaml`; the lock of the configuration |
-//! | `base` | the installed disk, which has to stay as it was |
+//! | `base`, `changed` | the installed disk, which has to stay as it was; those that have not |
 //! | `dependents` | the machines that need the files of another one |
 //! | `unfinished`, `locks`, `interrupt` | the record of an unfinished machine; signals |
 //! | `leftovers` | the end of runs and domains that a command has left |
@@ -28,6 +28,7 @@
 mod archive;
 mod arguments;
 mod base;
+mod changed;
 mod context;
 mod create;
 mod dependents;
@@ -62,7 +63,7 @@ use machinery::{Error, Result};
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::plugin::search::PluginSearch;
-pub use base::check as check_installed_disks;
+pub use changed::check_installed_disks;
 pub use context::{Context, KVM, MACHINERY};
 use export::Export;
 pub use export::Exported;
