@@ -97,6 +97,18 @@ fn acquire_prefers_clones_that_stand_by() {
 }
 
 #[test]
+fn machine_is_prepared_while_two_clones_of_another_one_take_long() {
+    let slow = "clone_of: w, delays_ms: {prepare: 600000}";
+    let cwd = ScratchCwd::double(&[("w-1", slow), ("w-2", slow), ("other", "")]).unwrap();
+    cwd.change_yaml("double", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    for _ in 0..2 {
+        assert_eq!(client.act("prepare", "other").unwrap()["success"], true);
+    }
+}
+
+#[test]
 fn top_folds_clones_until_f_unfolds_them() {
     let cwd = lab(20, "");
     let host = RunningHost::start(&cwd).unwrap();

@@ -467,13 +467,20 @@ fn soft_limit(pid: impl std::fmt::Display) -> String {
     line.split_whitespace().next().unwrap().to_owned()
 }
 
+/// Returns the nice value that the host can give itself.
+fn best_nice() -> String {
+    let nice = Command::new("nice").args(["-n", "-10", "nice"]).output().unwrap();
+    String::from_utf8(nice.stdout).unwrap().trim().to_owned()
+}
+
 #[test]
-fn children_have_the_limit_of_open_files_that_the_host_was_started_with() {
+fn children_have_the_limit_of_open_files_and_the_priority_that_the_host_was_started_with() {
     let lab = Lab::new(&[MICRO]).unwrap();
     // QEMU 10.0 raises its own limit, so a wrapper records the one that it was given.
     let given = |name: &str, program: &Path| {
         let file = lab.cwd().root().join(name);
-        let script = format!("ulimit -Sn > {}; exec {} \"$@\"", file.display(), program.display());
+        let script =
+            format!("echo $(ulimit -Sn) $(nice) > {}; exec {} \"$@\"", file.display(), program.display());
         let wrapped = lab.cwd().script(&format!("wrapped-{name}"), &script).unwrap();
         lab.change_yaml(&program.display().to_string(), &wrapped.display().to_string()).unwrap();
         file
@@ -485,8 +492,10 @@ fn children_have_the_limit_of_open_files_that_the_host_was_started_with() {
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     for limit in limits {
-        assert_eq!(fs::read_to_string(&limit).unwrap().trim(), "321", "{}", limit.display());
+        assert_eq!(fs::read_to_string(&limit).unwrap().trim(), "321 0", "{}", limit.display());
     }
+    let stat = fs::read_to_string(format!("/proc/{}/stat", host.pid())).unwrap();
+    assert_eq!(stat.split_whitespace().nth(18), Some(best_nice().as_str()), "{stat}");
     assert_ne!(soft_limit(host.pid()), "321", "the host has not raised its own");
     assert_ends_well(&lab, &mut host);
 }

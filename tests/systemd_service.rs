@@ -258,6 +258,12 @@ fn guest_outlives_a_crash_and_ends_when_the_service_stops() {
     let host = systemd.command(&["cat", &format!("/proc/{}/oom_score_adj", systemd.property("MainPID"))]);
     assert_eq!(host.stdout, b"300\n", "{host:?}");
     assert_eq!(fs::read_to_string(format!("/proc/{}/oom_score_adj", qemu.as_raw_nonzero())).unwrap(), "0\n");
+    let nice = fs::read_to_string(format!("/proc/{}/stat", qemu.as_raw_nonzero())).unwrap();
+    assert_eq!(
+        nice.rsplit(')').next().unwrap().split_whitespace().nth(16),
+        Some("0"),
+        "the priority is the host's alone"
+    );
     // An isolated network has parameters, which the host sets.
     let mounts = systemd.command(&["cat", &format!("/proc/{}/mountinfo", systemd.property("MainPID"))]);
     let mounts = String::from_utf8(mounts.stdout).unwrap();

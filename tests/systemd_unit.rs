@@ -74,6 +74,7 @@ fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
         "TasksMax",
         "OOMPolicy",
         "OOMScoreAdjust",
+        "Nice",
         "Delegate",
         "RuntimeDirectory",
         "RuntimeDirectoryPreserve",

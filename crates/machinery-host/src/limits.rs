@@ -1,4 +1,4 @@
-//! The host's own limit of open files and `OOMScoreAdjust=`. The programs that it starts have neither.
+//! The host's own limit of open files, `OOMScoreAdjust=` and priority. The programs that it starts have none of them.
 
 use std::ffi::CStr;
 use std::fs;
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::write;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getpriority_process, getrlimit, setpriority_process, setrlimit};
 
 /// The limit that the host was started with; set once the host has raised its own limit.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
@@ -17,12 +17,19 @@ static ADJUSTED: OnceLock<()> = OnceLock::new();
 /// The adjustment of the kernel's choice when memory runs out. Source: proc(5).
 const OOM_SCORE_ADJ: &CStr = c"/proc/self/oom_score_adj";
 
-/// Raises the host's limit.
+/// The nice value of the host's threads, unless somebody has chosen one. Guests use all processors that they get, and a
+/// host that waits for its turn behind a hundred of them restores nothing meanwhile. Source: sched(7).
+const NICE: i32 = -10;
+
+/// Set if the host's nice value is below zero.
+static PREFERRED: OnceLock<()> = OnceLock::new();
+
+/// Raises the host's limit of open files and its priority.
 ///
 /// A machine needs a few descriptors and a client one, so the usual limit of 1024 is soon reached. Each
-/// process that is forked from now on gets the original limit, also when a plugin or a library forks it; see
+/// process that is forked from now on gets the original values, also when a plugin or a library forks it; see
 /// [`machinery::command`].
-pub fn raise_file_limit() {
+pub fn raise() {
     let original = getrlimit(Resource::Nofile);
     if ORIGINAL.set(original).is_err() {
         return;
@@ -31,6 +38,7 @@ pub fn raise_file_limit() {
     if adjustment.is_ok_and(|adjustment| adjustment.trim() != "0") {
         let _ = ADJUSTED.set(());
     }
+    raise_priority();
     // SAFETY: `restore_all` is a function of this program, which exists for as long as the process. The function
     // runs in a forked child, so it may only do what is async-signal-safe. It reads values that never
     // change again, and makes system calls.
@@ -44,6 +52,17 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Prefers the threads that this one starts from now on, where the host may do that.
+fn raise_priority() {
+    if getpriority_process(None).is_ok_and(|nice| nice == 0) {
+        // Without the right to do it, the host is like its guests.
+        let _ = setpriority_process(None, NICE);
+    }
+    if getpriority_process(None).is_ok_and(|nice| nice < 0) {
+        let _ = PREFERRED.set(());
+    }
+}
+
 /// Gives this process, which is about to execute another program, the limit that it was started with.
 pub fn restore_file_limit() {
     restore();
@@ -51,6 +70,9 @@ pub fn restore_file_limit() {
 
 extern "C" fn restore_all() {
     restore();
+    if PREFERRED.get().is_some() {
+        let _ = setpriority_process(None, 0);
+    }
     if ADJUSTED.get().is_some()
         && let Ok(file) = open(OOM_SCORE_ADJ, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
     {

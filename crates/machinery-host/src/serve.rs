@@ -103,7 +103,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     if inherited.is_none() {
         listener::expect_no_other(&cwd.manager_socket())?;
     }
-    limits::raise_file_limit();
+    limits::raise();
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = load::load_all(cwd, &config, search, &events)?;

@@ -1,9 +1,9 @@
 //! The network of a machine whose runs are isolated: each run is in a [cell](machinery_backend::cell) of its own.
 //!
 //! ```text
-//! open_network ─▶ cell ─▶ start: QEMU runs in its namespace, its taps are in the cell's bridge ─▶ run owns the cell
-//!                  │ stop, discard, shutdown before a start                                         │ QEMU has ended
-//!                  └──────────────────────────────▶ closed ◀────────────────────────────────────────┘
+//! open_network ─▶ cell ─▶ start: QEMU runs in its namespace, its taps are in the cell's bridge ─▶ QEMU has ended
+//!                  │ reload, shutdown                                                              │ close_network
+//!                  └──────────────────────────────▶ closed ◀───────────────────────────────────────┘
 //! ```
 //!
 //! QEMU holds the namespace of its cell. A later host that adopts the run knows the cell by the name of its interface.

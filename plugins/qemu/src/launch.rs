@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
@@ -65,7 +66,7 @@ pub struct Start<'a> {
     pub incoming: bool,
     pub confinement: Confinement,
     /// The network of an isolated run.
-    pub cell: Option<Cell>,
+    pub cell: Option<Arc<Cell>>,
     /// The interface of that network on the host.
     pub interface: Option<&'a str>,
     /// The files that the run writes.
@@ -182,7 +183,7 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
     let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
     let mut args = start.args.clone();
     if start.confinement.is_confined() {
-        let passed = pass(args, FIRST_PASSED, start.folder, start.cell.as_ref(), deadline)?;
+        let passed = pass(args, FIRST_PASSED, start.folder, start.cell.as_deref(), deadline)?;
         let Passed { args: with_numbers, descriptors: opened } = passed;
         args = with_numbers;
         args.extend(SANDBOX.map(str::to_owned));

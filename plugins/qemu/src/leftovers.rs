@@ -49,12 +49,15 @@ pub fn clear(
 ) -> Result<()> {
     // The socket outlives the process, so without one there is nothing to end.
     let has_run = socket.exists();
+    let has_overlay = overlays.iter().any(|overlay| overlay.symlink_metadata().is_ok());
+    // A host looks for leftovers of each of its machines when it starts, and most have none.
+    let processes = (has_run || has_overlay || owner.recorded.is_some()).then(leftovers);
     let is_ours = |process: &RunningProcess| {
         owner.has_recorded(process)
             || has_run
                 && (process.has_variable(RUN_VARIABLE, socket.as_os_str()) || owner.is_user_of(process))
     };
-    for process in leftovers() {
+    for process in processes.into_iter().flatten() {
         if is_ours(&process) {
             tracing::warn!(pid = process.number(), socket = %socket.display(), "ending a QEMU of a host that died");
             process.end()?;

@@ -85,7 +85,7 @@ impl Backend for Machine {
     }
 
     fn close_network(self: &Arc<Self>, _: Deadline) -> Result<()> {
-        self.past_cell.close(self.name());
+        self.close_cell();
         Ok(())
     }
 
@@ -135,6 +135,15 @@ impl Backend for Machine {
     }
 
     fn discard_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.discard(deadline)
+        self.discard(deadline)?;
+        self.close_cell();
+        Ok(())
+    }
+
+    fn end(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        let ended = self.pull_the_plug(deadline);
+        // The host has ended its capture.
+        self.cell.close(self.name());
+        ended
     }
 }

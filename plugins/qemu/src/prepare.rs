@@ -20,8 +20,9 @@
 //! Each template belongs to one [`Identity`], which is checked before each use. A template that does not
 //! match is never used. Without a template a machine is restored plainly.
 //!
-//! Machines with the same files have one template, of the name of the first such machine in `qemu.yaml`. One of them builds
-//! it, and the others wait.
+//! Machines with the same files have one template, of the name of the first such machine in `qemu.yaml` and of a checksum of
+//! their configuration. One of them builds it, and the others wait. After a reload, a machine in use keeps its earlier
+//! configuration, and with it the earlier template.
 //!
 //! The operator may have chosen a folder that holds other files. The plugin therefore removes only files of
 //! these names in folders of these names.
@@ -32,15 +33,14 @@
 //! | `store` | all templates of a host: find, remove, keep |
 //! | `space` | the disk space of the templates: limit and reservations |
 //! | `build`, `sparse_copy`, `unfinished` | building a template |
-//! | `shared_template` | the turn to build a template, and everything else that its machines share |
+//! | `shared_template`, `turn` | everything that the machines of a template share; the turn to build it |
 //! | `sealed_ram` | the RAM in memory, for an older QEMU and several machines |
 //! | `memory` | the memory that templates need for a while |
-//! | `build_failures` | the failures after which a template is not built again |
+//! | `template_failures` | the failures after which a template is not tried again |
 //! | `identity` | everything that a template depends on |
 //! | `unavailable_reason` | machines that cannot have a template |
 
 mod build;
-mod build_failures;
 mod identity;
 mod layout;
 mod memory;
@@ -50,6 +50,8 @@ mod shared_template;
 mod space;
 mod sparse_copy;
 mod store;
+mod template_failures;
+mod turn;
 mod unavailable_reason;
 mod unfinished;
 
@@ -60,4 +62,5 @@ pub use identity::tests::identity as identity_of_a_test;
 pub use opener::Opener;
 pub use shared_template::{SharedTemplate, SharedTemplates};
 pub use store::{Template, Templates};
+pub use template_failures::TemplateFailures;
 pub use unavailable_reason::unavailable_reason;

@@ -15,7 +15,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `cell` | the network of an isolated run |
+//! | `cell` | the network of an isolated machine |
 //! | `end` | the ways to end a run |
 //! | `parts` | the parts and the purpose of a run |
 //! | `record` | what the next host has to know, to adopt the run |
@@ -46,7 +46,7 @@ use serde_json::Value;
 
 use record::{Record, RecordFile};
 
-pub use cell::{PastCell, RunCell};
+pub use cell::MachineCell;
 pub use parts::{Parts, Purpose};
 
 use crate::launch::{QEMU, Start, connect};
@@ -83,8 +83,6 @@ pub struct Run {
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
     record: RecordFile,
-    /// The network of an isolated run.
-    cell: Mutex<Option<RunCell>>,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
     /// True if the guest has ever run.
@@ -104,7 +102,7 @@ impl Run {
     pub fn begin(
         mut start: Start<'_>,
         record: RecordFile,
-        past_cell: PastCell,
+        cell: MachineCell,
         purpose: Purpose,
         steps: &mut Steps,
         host: &Host,
@@ -118,8 +116,7 @@ impl Run {
             writes: start.writes,
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
-            cell: start.cell.map(RunCell::Made),
-            past_cell,
+            cell,
             record,
         };
         if let Some(process) = process.identity() {
@@ -156,7 +153,7 @@ impl Run {
         purpose: Purpose,
         host: &Host,
     ) -> Result<Arc<Run>> {
-        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, past_cell, record } = parts;
+        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, record } = parts;
         let run = Arc::new(Run {
             machine,
             host: host.clone(),
@@ -170,7 +167,6 @@ impl Run {
             condemned: Mutex::new(None),
             writes,
             record,
-            cell: Mutex::new(cell),
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
@@ -184,8 +180,9 @@ impl Run {
             .spawn(move || {
                 let end = watched.watch(process);
                 cgroup.iter().for_each(Cgroup::end);
-                watched.end_cell(&past_cell);
                 watched.clean_up(end, overlays, &sockets);
+                // QEMU's network is not closed before its end, whoever drops the machine.
+                drop(cell);
             })
             .map_err(|error| {
                 handle.kill();

@@ -70,8 +70,9 @@ impl Qemu {
         Ok(())
     }
 
-    /// Removes all templates but those of these names, and sets the limit of their disk space, in bytes.
+    /// Removes all templates but those of these names, also from memory, and sets the limit of their disk space, in bytes.
     pub fn apply_template_settings(&self, names: &[&str], limit: Option<u64>) {
+        self.shared_templates.keep_only(names);
         let Some(templates) = self.templates.get() else { return };
         templates.space().set_limit(limit);
         templates.keep_only(names);

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use machinery::{Deadline, Error, Result};
-use machinery_backend::cell::Cell;
 use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
@@ -75,11 +74,6 @@ impl Standby {
             return Some("the RAM file of its template was changed".to_owned());
         }
         identity.change_since(&self.identity)
-    }
-
-    /// Takes the network for a start that ends the standby first.
-    pub fn release_cell(&self) -> Option<Cell> {
-        self.run.release_cell()
     }
 
     /// Leaves the run to the next host.

@@ -111,6 +111,11 @@ impl Cell {
         Ok(cell)
     }
 
+    /// Adopts the cell of that description, whose namespace is that of a process that lives in it.
+    pub fn adopt(spec: &CellSpec, namespace: OwnedFd) -> Cell {
+        Cell { interface: spec.interface.clone(), bridge: spec.bridge.clone(), namespace }
+    }
+
     /// Makes a tap and puts it into the bridge; with the header that virtio uses, if `has_header`. Without a name it gets a
     /// free one. The tap lives as long as its descriptor.
     ///

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use super::CLOSING;
 use super::message::InFlightGuard;
 use super::metrics::Metrics;
+use super::prepare_permits::{PreparePermit, PreparePermits};
 use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
@@ -27,8 +28,7 @@ pub struct ActionContext {
     /// One permit for each restore that may run. Waiting restores get them in order of arrival.
     restores: Arc<Semaphore>,
     waiting_restores: watch::Sender<usize>,
-    /// The same for preparations, which therefore never delay a restore.
-    preparations: Arc<Semaphore>,
+    preparations: PreparePermits,
     /// The captures under way.
     pub captures: Arc<Captures>,
     /// Counts and durations of actions.
@@ -133,7 +133,7 @@ impl ActionContext {
             settings: watch::Sender::new(ActionSettings::of(config)),
             restores: Arc::new(Semaphore::new(permits)),
             waiting_restores: watch::Sender::new(0),
-            preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
+            preparations: PreparePermits::new(permits.min(MAX_PREPARATIONS)),
             captures: Arc::default(),
             metrics,
             run_marks: RunMarks::new(state.run_marks()),
@@ -198,9 +198,9 @@ impl ActionContext {
         *self.waiting_restores.borrow()
     }
 
-    /// Waits for a permit to prepare a machine. Returns `None` when the host ends.
-    pub async fn prepare_permit(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.preparations).acquire_owned().await.ok()
+    /// Waits for a permit to prepare the machine. Returns `None` when the host ends.
+    pub async fn prepare_permit(&self, machine: &Arc<Machine>) -> Option<PreparePermit> {
+        self.preparations.acquire(machine).await
     }
 
     /// Refuses all permits from now on.

@@ -490,7 +490,7 @@ mod tests {
         lab.context.close();
         let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
         assert!(reason.contains(CLOSING), "{reason}");
-        assert!(lab.quarantine().is_none() && lab.context.prepare_permit().await.is_none());
+        assert!(lab.quarantine().is_none() && lab.context.prepare_permit(&lab.machine).await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@
 //! | [`queues`] | the queues of all machines |
 //! | [`message`] | what a queue carries: requests and pauses |
 //! | [`worker`] | takes messages from one queue |
-//! | [`preparation`] | a preparation under way, and its cancellation |
+//! | [`preparation`], [`prepare_permits`] | a preparation under way, and its cancellation; its permit |
 //! | [`executor`] | runs one action by the rules |
 //! | [`record`] | records an action that has ended |
 //! | [`failure`] | the failure of an action |
@@ -43,6 +43,7 @@ pub mod overdue;
 pub mod overrun;
 pub mod plugin_calls;
 pub mod preparation;
+pub mod prepare_permits;
 pub mod queues;
 pub mod record;
 pub mod screen;

@@ -323,7 +323,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn preparation_by_request_is_refused_when_a_stop_waits() {
         let lab = Lab::new("");
-        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let permits =
+            [lab.context.prepare_permit(&lab.machine).await, lab.context.prepare_permit(&lab.machine).await];
         let queues = queues(&lab);
         let prepared = submit(&queues, &lab, Action::Prepare(PrepareOrigin::Request));
         let stopped = submit(&queues, &lab, Action::Stop);
@@ -402,21 +403,24 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn machine_that_is_locked_while_its_preparation_waits_is_not_prepared() {
         let lab = Lab::new("");
-        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let permits =
+            [lab.context.prepare_permit(&lab.machine).await, lab.context.prepare_permit(&lab.machine).await];
         let _queues = queues(&lab);
         // The clock is paused: this returns when the worker waits.
         tokio::time::sleep(Duration::from_millis(1)).await;
         lab.machine.lock(&crate::fleet::availability::TaskLock::default()).unwrap();
         drop(permits);
         // The worker was first, so it has returned its permit when both are here.
-        let _permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let _permits =
+            [lab.context.prepare_permit(&lab.machine).await, lab.context.prepare_permit(&lab.machine).await];
         assert!(lab.plugin.take_calls().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn preparation_that_another_action_has_displaced_is_made_afterwards() {
         let lab = Lab::new("");
-        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let permits =
+            [lab.context.prepare_permit(&lab.machine).await, lab.context.prepare_permit(&lab.machine).await];
         let queues = queues(&lab);
         tokio::time::sleep(Duration::from_millis(1)).await;
         submit(&queues, &lab, Action::AcpiStop).await.unwrap().unwrap();

@@ -142,14 +142,14 @@ impl Worker {
         if !self.executor.can_prepare() {
             return;
         }
-        let context = Arc::clone(&self.context);
+        let (context, machine) = (Arc::clone(&self.context), Arc::clone(self.executor.machine()));
         let permit = tokio::select! {
             biased;
             message = self.messages.recv() => {
                 self.keep(message);
                 return self.retry_idle_work();
             }
-            permit = context.prepare_permit() => permit,
+            permit = context.prepare_permit(&machine) => permit,
         };
         if permit.is_some() && self.executor.can_prepare() {
             // A failure is in the log, and the next restore works without a preparation.
@@ -166,7 +166,7 @@ impl Worker {
 
     /// Prepares the next restore by request, once there is a permit.
     async fn prepare_when_permitted(&mut self, origin: PrepareOrigin) -> ActionResult {
-        let context = Arc::clone(&self.context);
+        let (context, machine) = (Arc::clone(&self.context), Arc::clone(self.executor.machine()));
         let permit = loop {
             if self.queue_closed || self.waiting.iter().any(Message::cancels_preparation) {
                 return Err(USELESS.to_owned());
@@ -174,7 +174,7 @@ impl Worker {
             tokio::select! {
                 biased;
                 message = self.messages.recv(), if !self.queue_closed => self.keep(message),
-                permit = context.prepare_permit() => break permit,
+                permit = context.prepare_permit(&machine) => break permit,
             }
         };
         match permit {

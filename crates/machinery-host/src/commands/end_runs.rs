@@ -38,7 +38,7 @@ pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<Option<Vec<String>>>
     let _loading = Loading::begin(config.loading_limit())?;
     listener::expect_no_other(&cwd.manager_socket())?;
     Folders::of(cwd).prepare()?;
-    limits::raise_file_limit();
+    limits::raise();
     let fleet = load_all(cwd, &config, search, &Events::default())?;
     let state = StateStore::open(&cwd.state(), Arc::clone(&fleet))?;
     capture::end_leftovers(&state.captures(), cwd.root());

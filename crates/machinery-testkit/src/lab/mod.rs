@@ -15,6 +15,7 @@ mod kvm;
 mod kvm_fixture;
 mod leftovers;
 mod qemu;
+mod settings;
 mod tiny_disk;
 mod watch;
 

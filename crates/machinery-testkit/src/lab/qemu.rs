@@ -9,16 +9,16 @@
 //! finds leftovers by that, also of a killed host. A lab that is dropped kills leftover processes, and panics
 //! if there are leftovers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use machinery_jail::Support;
 use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
+use super::settings::HostSettings;
 use crate::client::Client;
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
@@ -37,44 +37,6 @@ pub struct Lab {
     network: Option<TestNetwork>,
     settings: Mutex<HostSettings>,
     is_discarded: bool,
-}
-
-/// The content of `machinery-host.yaml`.
-#[derive(Debug)]
-struct HostSettings {
-    /// The jail of all machines: the strictest that this computer allows, unless a test changes it.
-    jail: &'static str,
-    /// The key `heal`. Off, unless a test is about that: a machine that has failed is left as it is.
-    heal: &'static str,
-    /// Keys of the host, and keys of the machinery.
-    keys: (String, String),
-    /// The machines whose unsafe arguments are accepted.
-    unsafe_args: BTreeSet<String>,
-}
-
-impl Default for HostSettings {
-    fn default() -> Self {
-        let strict = Support::of_this_host().missing_in_b().is_none();
-        let jail = if strict { "strict" } else { "auto" };
-        HostSettings { jail, heal: "off", keys: Default::default(), unsafe_args: BTreeSet::new() }
-    }
-}
-
-impl HostSettings {
-    fn text(&self) -> String {
-        let ((host, qemu), machines) = (&self.keys, &self.unsafe_args);
-        let accepted = machines.iter().map(|name| format!("{name}: {{unsafe_start_args: true}}"));
-        let machines = match accepted.collect::<Vec<_>>().join(", ") {
-            none if none.is_empty() => none,
-            accepted => format!(", machines: {{{accepted}}}"),
-        };
-        // A test does not depend on the free space of its computer, unless it is about that.
-        let reserve = if host.contains("free_space_reserve") { "" } else { "free_space_reserve: 0\n" };
-        format!(
-            "heal: {}\n{reserve}{host}\nmachineries: {{qemu: {{jail: {}, {qemu}{machines}}}}}\n",
-            self.heal, self.jail
-        )
-    }
 }
 
 impl Lab {

@@ -40,7 +40,7 @@ pub struct MachineFiles {
     pub isolation: Option<Isolation>,
     /// True if another machine has one of the same files.
     pub is_shared: bool,
-    /// The name of the template. Machines with the same files have the same template.
+    /// The name of the first machine with the same files.
     pub template: String,
     /// True for the first machine of its template, which reports the template's space.
     pub is_first_of_template: bool,
@@ -170,6 +170,18 @@ impl MachineFiles {
                 self.entry()
             ),
         ))
+    }
+
+    /// Returns the name of the template. Machines with the same files have the same template. Its name has a checksum of the
+    /// configuration that it depends on: a machine in use keeps an earlier one after a reload.
+    pub fn template_name(&self) -> String {
+        if !self.is_shared {
+            return self.template.clone();
+        }
+        let files = [&self.disk, &self.snapshot, &self.machineinfo];
+        let key =
+            format!("{files:?} {:?} {:?} {:?}", self.start_args.unchanged(), self.jail, self.jail_users);
+        format!("{}~{:08x}", self.template, crc32fast::hash(key.as_bytes()))
     }
 
     /// Returns all files that QEMU reads for the machine: the backing chains of its images, and the other files that

@@ -24,10 +24,11 @@ use serde_json::Value;
 use super::base::Machine;
 use super::state::{MachineOperation, MachineState, finish};
 use crate::console::kind_of;
+use crate::isolation::spec_of;
 use crate::launch::{QEMU, reconnect};
 use crate::run::record::{Progress, Record};
 use crate::run::start_error::Stage;
-use crate::run::{Parts, Run, RunCell};
+use crate::run::{Parts, Run};
 use crate::standby::{Standby, StandbyRecord};
 use crate::states::state_of_status;
 
@@ -83,6 +84,9 @@ impl Machine {
                 return Err(error);
             }
         };
+        if let Some(interface) = &record.interface {
+            self.cell.adopt(interface, process.handle().pid(), spec_of(self.files()).as_ref());
+        }
         let mut overlays = Overlays::adopt(&record.overlays);
         overlays.set_keep(self.files().keep_disk);
         let parts = Parts {
@@ -92,11 +96,7 @@ impl Machine {
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
             cgroup: self.jail.adopted_cgroup(&self.policy()),
-            cell: record
-                .interface
-                .as_deref()
-                .map(|interface| RunCell::adopt(interface, process.handle().pid())),
-            past_cell: self.past_cell.clone(),
+            cell: self.cell.clone(),
             record: self.record.clone(),
         };
         let run = Run::adopt(process, stream, parts, &self.shared.host)?;
@@ -188,10 +188,11 @@ impl Machine {
     /// The preparation does not end in time.
     pub(super) fn leave(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
-        let (_leaving, (standby, cell)) = self.work.begin(Operation::Discarding, deadline, take)?;
-        drop(cell);
-        self.past_cell.close(self.name());
+        let take = |state: &mut MachineState| Ok((state.standby.take(), state.running().is_some()));
+        let (_leaving, (standby, is_on)) = self.work.begin(Operation::Discarding, deadline, take)?;
+        if standby.is_none() && !is_on {
+            self.cell.close(self.name());
+        }
         standby.into_iter().for_each(|standby| standby.leave());
         Ok(())
     }

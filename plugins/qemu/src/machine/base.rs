@@ -15,9 +15,9 @@ use super::state::MachineState;
 use crate::config::MachineFiles;
 use crate::jail::{jail_of, policy_of};
 use crate::peers::Peer;
-use crate::prepare::{Identity, SharedTemplate};
+use crate::prepare::{Identity, SharedTemplate, TemplateFailures};
 use crate::resources::Resource;
-use crate::run::PastCell;
+use crate::run::MachineCell;
 use crate::run::record::RecordFile;
 use crate::shared::Qemu;
 
@@ -36,10 +36,14 @@ pub struct Machine {
     pub(super) shared: Arc<Qemu>,
     pub(super) work: Arc<Work<MachineState>>,
     pub(super) readiness: ReadinessReport,
-    /// The network of the last run, until the host has ended its capture.
-    pub(super) past_cell: PastCell,
+    /// The network of the next run, of the present one, or of the last one until the host has ended its capture.
+    pub(super) cell: MachineCell,
+    /// The name of the machine's template.
+    template_name: String,
     /// Everything that machines with the same template share.
     pub(super) shared_template: Arc<SharedTemplate>,
+    /// The failures of this machine to load a template that others may load.
+    pub(super) load_failures: TemplateFailures,
 }
 
 impl Reloadable for Machine {
@@ -86,13 +90,16 @@ impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, state: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
         shared.has_cells.fetch_or(files.isolation.is_some(), Ordering::SeqCst);
+        let template_name = files.template_name();
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             record: RecordFile::of(name, state),
-            past_cell: PastCell::default(),
+            cell: MachineCell::default(),
             readiness: ReadinessReport::new(&shared.host, name),
             jail: jail_of(&files),
-            shared_template: shared.shared_templates.of(&files.template),
+            shared_template: shared.shared_templates.of(&template_name),
+            template_name,
+            load_failures: TemplateFailures::default(),
             configured: files,
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
@@ -116,7 +123,7 @@ impl Machine {
 
     /// Returns the name of the machine's template.
     pub fn template_name(&self) -> &str {
-        &self.configured.template
+        &self.template_name
     }
 
     pub(super) fn files(&self) -> &MachineFiles {

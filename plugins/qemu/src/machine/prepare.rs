@@ -59,6 +59,10 @@ impl Machine {
         let rival = self.shared.peers.rival_with_qemu(self);
         drop(deciding);
         let (operation, standby) = begun?;
+        if standby.is_none() {
+            // It is that of the last run.
+            self.cell.close(self.name());
+        }
         let preparation = Preparation { machine: self, operation: &operation, deadline };
         let prepared = match rival {
             // A template cannot be built either: building starts a QEMU with all arguments.
@@ -69,6 +73,7 @@ impl Machine {
         };
         let installed = prepared.and_then(|prepared| preparation.install(prepared));
         let outcome = finish(&operation, installed.map(|()| None));
+        self.close_cell();
         if outcome.is_err() {
             self.readiness.report();
             // A QEMU that does not end is a failure, whoever wanted its end.

@@ -38,12 +38,7 @@ impl Machine {
     pub(super) fn start_cold(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
         self.start_with(deadline, |starting, standby| {
-            if let Some(standby) = standby {
-                // The capture has begun on its interface.
-                let cell = standby.release_cell();
-                starting.lock().cell = cell;
-                standby.end(deadline)?;
-            }
+            standby.map_or(Ok(()), |standby| standby.end(deadline))?;
             self.start_running(starting, None, Load::Nothing, deadline)
         })
     }
@@ -80,22 +75,26 @@ impl Machine {
         mut standby: Option<Box<Standby>>,
         deadline: Deadline,
     ) -> Result<Arc<Run>, StartError> {
-        let identity = self.current_identity(&mut standby, deadline)?;
+        let known = starting.lock().identity.take();
+        let identity = match known.filter(|known| known.is_current(self.files(), &self.shared.program)) {
+            Some(identity) => identity,
+            None => self.current_identity(&mut standby, deadline)?,
+        };
         if let Some(standby) = standby {
             match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
                 Ok(run) => {
-                    self.shared_template.failures.clear();
+                    self.on_template_loaded();
                     return Ok(run);
                 }
                 Err(why) => self.fall_back("the standby is not used", why, deadline)?,
             }
         }
-        if let Some(template) = self.usable_template(&identity) {
+        if let Some(template) = self.usable_template(&identity, starting, deadline.within(INSTANT_TIMEOUT)) {
             let ram = template.ram.clone();
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
             match self.start_running(starting, memory, devices, deadline.within(INSTANT_TIMEOUT)) {
                 Ok(run) => {
-                    self.shared_template.failures.clear();
+                    self.on_template_loaded();
                     return Ok(run);
                 }
                 Err(why) => {

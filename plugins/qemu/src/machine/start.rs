@@ -83,7 +83,7 @@ impl Machine {
         steps.done("overlay");
         let resources = Resource::of(files);
         let confinement = self.confine(&overlays, &resources)?;
-        let cell = self.take_cell(operation, deadline)?;
+        let cell = self.cell_of_start(deadline)?;
         steps.done("network");
         let files_of =
             |path: fn(&Resource) -> Option<&Path>| resources.iter().filter_map(path).map(Path::to_owned);
@@ -105,8 +105,8 @@ impl Machine {
             interface: files.isolation.as_ref().map(|isolation| isolation.interface.as_str()),
         };
         let (record, limit) = (self.record.clone(), deadline.within(LAUNCH_TIMEOUT));
-        let (past_cell, host) = (self.past_cell.clone(), &self.shared.host);
-        let begun = Run::begin(start, record, past_cell, purpose, steps, host, limit);
+        let (cell, host) = (self.cell.clone(), &self.shared.host);
+        let begun = Run::begin(start, record, cell, purpose, steps, host, limit);
         let run = begun.map_err(|error| self.advise_reload(error))?;
         end_when_cancelled(operation, &run);
         let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));

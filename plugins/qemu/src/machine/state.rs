@@ -14,9 +14,9 @@
 use std::sync::{Arc, Weak};
 
 use machinery::Result;
-use machinery_backend::cell::Cell;
 use machinery_backend::{UnderWay, refuse};
 
+use crate::prepare::Identity;
 use crate::run::Run;
 use crate::run::start_error::StartError;
 use crate::standby::Standby;
@@ -29,8 +29,8 @@ pub struct MachineState {
     /// The run of the operation under way, once it exists.
     pub begun: Weak<Run>,
     pub standby: Option<Box<Standby>>,
-    /// The network of the next run, if it was opened and no run has it yet.
-    pub cell: Option<Cell>,
+    /// The identity of the machine when its network was opened, for the restore that follows.
+    pub identity: Option<Identity>,
 }
 
 impl MachineState {

@@ -13,17 +13,16 @@ use crate::standby::Standby;
 const CANCEL_GRACE: Duration = Duration::from_secs(3);
 
 impl Machine {
-    /// Pulls the plug. Of a machine that is off, cancels the preparation and discards the standby.
+    /// Pulls the plug. Of a machine that is off, cancels the preparation and discards the standby. The network stays until the
+    /// host has ended its capture.
     ///
     /// # Errors
     /// The machine is off already, or starts; the process does not end.
     pub(super) fn pull_the_plug(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let (mut stopping, (run, standby, cell)) =
-            self.work.begin(Operation::Discarding, deadline, |state| {
-                Ok((state.running(), state.standby.take(), state.cell.take()))
-            })?;
-        drop(cell);
+        let (mut stopping, (run, standby)) = self
+            .work
+            .begin(Operation::Discarding, deadline, |state| Ok((state.running(), state.standby.take())))?;
         let Some(run) = run else {
             self.end_standby(&stopping, standby, deadline)?;
             return Err(refuse::off_already());
@@ -48,18 +47,16 @@ impl Machine {
         finish(&stopping, Ok(None))
     }
 
-    /// Cancels a preparation and ends the standby; reports the machine's readiness then.
+    /// Cancels a preparation and ends the standby; reports the machine's readiness then. The network stays, because the
+    /// next run may be captured already.
     ///
     /// # Errors
     /// The preparation or QEMU does not end in time.
     pub(super) fn discard(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
+        let take = |state: &mut MachineState| Ok(state.standby.take());
         match self.work.begin(Operation::Discarding, deadline, take) {
-            Ok((discarding, (standby, cell))) => {
-                drop(cell);
-                self.end_standby(&discarding, standby, deadline)
-            }
+            Ok((discarding, standby)) => self.end_standby(&discarding, standby, deadline),
             // A start or a stop has taken the standby.
             Err(error) if error.kind() == ErrorKind::UnexpectedState => Ok(()),
             Err(error) => Err(error),

@@ -1,17 +1,19 @@
 //! The machine's template: finds, builds and drops it.
 //!
 //! A template that cannot be built or loaded is dropped, and the failure is counted. After a few failures no
-//! further template is built until the machine's identity changes.
+//! further template is built until the machine's identity changes. The template of several machines stays when only one of
+//! them cannot load it, and after a few failures that machine is restored without it.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, ErrorKind, Result};
+use machinery::{Deadline, Error, ErrorKind, Result};
 use machinery_images::FileId;
 
 use super::base::Machine;
 use super::prepare::Preparation;
 use super::start::StartOptions;
+use super::state::MachineOperation;
 use crate::launch::{Memory, RAM_PATH};
 use crate::prepare::{Build, BuildError, Identity, Opener, Template, Templates, build, unavailable_reason};
 use crate::restore::Load;
@@ -59,41 +61,67 @@ impl Machine {
         })
     }
 
-    /// Returns the machine's template for a restore, if it has one that can be mapped.
-    pub(super) fn usable_template(&self, identity: &Identity) -> Option<Template> {
-        let found = self.template(identity).map(|template| self.mappable(template, &|| Ok(())))?;
-        found
-            .inspect_err(
-                |error| tracing::warn!(machine = self.name(), %error, "the template cannot be mapped"),
-            )
-            .ok()
+    /// Returns the machine's template for a restore, if it has one that can be mapped in time.
+    pub(super) fn usable_template(
+        &self,
+        identity: &Identity,
+        starting: &MachineOperation,
+        deadline: Deadline,
+    ) -> Option<Template> {
+        if self.load_failures.reason_to_give_up(identity).is_some() {
+            return None;
+        }
+        let mapped = self.mappable(self.template(identity)?, starting, deadline);
+        let warn =
+            |error: &Error| tracing::warn!(machine = self.name(), %error, "the template cannot be mapped");
+        mapped.inspect_err(warn).ok()
     }
 
     /// Returns the template in the form that QEMU maps. A QEMU that opens the RAM for writing could change that of other
     /// machines.
-    fn mappable(&self, template: Template, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<Template> {
+    fn mappable(
+        &self,
+        template: Template,
+        operation: &MachineOperation,
+        deadline: Deadline,
+    ) -> Result<Template> {
         match self.files().is_shared && self.opens_for_writing() {
-            true => self.shared_template.in_memory(template, ensure_wanted),
+            true => self.shared_template.in_memory(template, operation.cancellation(), deadline),
             false => Ok(template),
         }
     }
 
-    /// Drops a template that cannot be loaded. A start that failed for another reason, such as a port in use,
-    /// keeps the template.
+    /// Counts the failure to load the template, which is dropped unless only this one of several machines cannot load it. A
+    /// start that failed for another reason, such as a port in use, counts nothing.
     pub(super) fn on_template_failed(&self, identity: &Identity, ram: &FileId, failed: &StartError) {
-        if failed.still_running.is_none() && self.is_template_at_fault(failed) {
-            let why = format!("its template could not be loaded: {}", failed.error.reason());
-            self.shared_template.failures.add(identity, &why);
-            if let Some(templates) = self.templates() {
-                templates.remove_failed(self.template_name(), ram);
-            }
-            self.on_template_dropped(&why);
+        if failed.still_running.is_some() || !self.is_load_failed(failed) {
+            return;
         }
+        let why = format!("its template could not be loaded: {}", failed.error.reason());
+        if self.files().is_shared && !self.shared_template.is_at_fault(ram, self.name()) {
+            self.load_failures.add(identity, &why);
+            if let Some(why) = self.load_failures.reason_to_give_up(identity) {
+                self.readiness.set_plain(&why);
+                self.readiness.report();
+            }
+            return;
+        }
+        self.shared_template.failures.add(identity, &why);
+        if let Some(templates) = self.templates() {
+            templates.remove_failed(self.template_name(), ram);
+        }
+        self.on_template_dropped(&why);
+    }
+
+    /// Notes that the template is good, and that this machine can load it.
+    pub(super) fn on_template_loaded(&self) {
+        self.load_failures.clear();
+        self.shared_template.loaded();
     }
 
     /// Reports whether loading failed, or QEMU's error is about the template's RAM file.
-    /// The template of several machines is kept when a busy computer is late.
-    fn is_template_at_fault(&self, failed: &StartError) -> bool {
+    /// A failure of several machines does not count when a busy computer is late.
+    fn is_load_failed(&self, failed: &StartError) -> bool {
         let is_late = self.files().is_shared && failed.error.kind() == ErrorKind::Timeout;
         failed.at == Stage::Load && !is_late || failed.error.reason().contains(RAM_PATH)
     }
@@ -175,6 +203,7 @@ impl Preparation<'_> {
         if let Some(template) = self.find(identity)? {
             return Ok(template);
         }
+        machine.shared_template.forget_memory();
         match build(templates, machine.template_name(), self, self.deadline) {
             Ok(()) => {
                 let built = machine.template(identity);
@@ -187,15 +216,18 @@ impl Preparation<'_> {
 
     /// Returns the template; none if it has to be built.
     fn find(&self, identity: &Identity) -> Result<Option<Template>, MissingTemplate> {
+        if let Some(why) = self.machine.load_failures.reason_to_give_up(identity) {
+            return Err(why.into());
+        }
         if let Some(template) = self.machine.template(identity) {
             return Ok(Some(template));
         }
-        let reason = self.machine.shared_template.failures.reason_not_to_build(identity);
+        let reason = self.machine.shared_template.failures.reason_to_give_up(identity);
         reason.map_or(Ok(None), |why| Err(why.into()))
     }
 
     fn mappable(&self, template: Template) -> Result<Template, MissingTemplate> {
-        let mappable = self.machine.mappable(template, &|| self.ensure_wanted());
+        let mappable = self.machine.mappable(template, self.operation, self.deadline);
         mappable.map_err(|error| {
             let failed = self.operation.cancellation().is_cancelled().then(|| error.clone().into());
             MissingTemplate { why: format!("its template cannot be mapped: {}", error.reason()), failed }

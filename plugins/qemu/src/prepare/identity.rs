@@ -9,7 +9,7 @@ use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineFiles;
-use crate::version::Program;
+use crate::version::{Program, Version};
 
 /// Everything that a restored guest depends on. If any of it has changed, templates and standbys are stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +44,17 @@ impl Identity {
             args: files.start_args.unchanged().to_vec(),
             files: opened(files)?,
         })
+    }
+
+    /// Reports whether this is still the identity of the machine. Looks only at the files that it names, because the others
+    /// follow from their content and from the arguments.
+    pub fn is_current(&self, files: &MachineFiles, program: &Program) -> bool {
+        let is_same_program =
+            |(version, id): (Version, FileId)| version.to_string() == self.version && id == self.program;
+        self.args == files.start_args.unchanged()
+            && [&self.snapshot, &self.disk].into_iter().all(FileId::is_unchanged)
+            && self.files.iter().all(|(path, then)| id(path) == *then)
+            && program.current().is_ok_and(is_same_program)
     }
 
     /// Describes the first change, for people; none if the identities are the same.
@@ -92,7 +103,7 @@ fn id(path: &Path) -> Option<FileId> {
 pub mod tests {
     use super::*;
     use crate::config::tests::machine_in;
-    use crate::version::Version;
+    use crate::machineinfo::StartArgs;
     use std::os::unix::fs::PermissionsExt;
 
     /// Creates an identity of files in that folder.
@@ -162,10 +173,20 @@ pub mod tests {
         let disk = FileId::of(&path("disk.qcow2")).unwrap();
         assert_eq!(then.files, [(path("disk.qcow2"), Some(disk))].into());
         assert_eq!(then.args, machine.start_args.unchanged());
+        assert!(then.is_current(&machine, &program));
+        let other = StartArgs::in_folder(["-m", "64"].map(str::to_owned), folder.path());
+        assert!(!then.is_current(&MachineFiles { start_args: other, ..machine.clone() }, &program));
         fs::write(path("snapshot"), "QEVM again").unwrap();
+        assert!(!then.is_current(&machine, &program));
         assert_eq!(now().change_since(&then).unwrap(), "the machine's snapshot was changed");
         replace_program("8.2.1");
         assert_eq!(now().change_since(&then).unwrap(), "QEMU was 8.2.0, and is 8.2.1");
+        let then = now();
+        fs::write(path("disk.qcow2"), fs::read(path("disk.qcow2")).unwrap()).unwrap();
+        assert!(!then.is_current(&machine, &program));
+        let then = now();
+        replace_program("8.2.2");
+        assert!(now().is_current(&machine, &program) && !then.is_current(&machine, &program));
         fs::remove_file(path("snapshot")).unwrap();
         let error = Identity::of(&machine, &program).unwrap_err().to_string();
         assert!(error.contains("look at the machine's snapshot"), "{error}");

@@ -4,20 +4,24 @@
 //! machine a ─▶ turn ─▶ builds ─▶ template
 //! machine b ─▶ waits ─────────────▶ uses it; builds if a has failed or was cancelled
 //! ```
+//!
+//! A machine that cannot load the template may be at fault itself. The template is at fault if another machine cannot load
+//! it either, and none has loaded it in between.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use machinery::{Deadline, Result};
-use machinery_backend::sync::{lock, wait_while};
+use machinery_backend::sync::lock;
 use machinery_backend::{Cancellation, OverlayTemplates};
 use machinery_images::FileId;
 
-use super::build_failures::BuildFailures;
 use super::memory::no_memory;
 use super::sealed_ram::seal_copy;
 use super::store::Template;
+use super::template_failures::TemplateFailures;
+use super::turn::{Turn, Turns};
 use crate::launch::{Memory, Sharing};
 
 /// The templates that machines of one host share, by name.
@@ -27,10 +31,12 @@ pub struct SharedTemplates(Mutex<HashMap<String, Weak<SharedTemplate>>>);
 /// Everything that the machines of one template share.
 #[derive(Default)]
 pub struct SharedTemplate {
-    /// True while a machine builds the template.
-    is_built: Mutex<bool>,
-    changed: Condvar,
-    pub failures: BuildFailures,
+    building: Turns,
+    copying: Turns,
+    /// The failures of its builds, and of templates that several machines could not load.
+    pub failures: TemplateFailures,
+    /// The RAM file of the template, and the machine, that was the last to fail to load it, unless another has succeeded.
+    last_failed: Mutex<Option<(FileId, String)>>,
     /// The empty overlays that the overlays of all runs are copied from.
     pub overlays: OverlayTemplates,
     ram: Mutex<Option<SealedRam>>,
@@ -42,9 +48,6 @@ struct SealedRam {
     of: FileId,
     file: File,
 }
-
-/// The turn to build a template, until it is dropped.
-pub struct Turn(Arc<SharedTemplate>);
 
 impl SharedTemplates {
     /// Returns what the machines of that template share.
@@ -58,49 +61,84 @@ impl SharedTemplates {
         all.insert(name.to_owned(), Arc::downgrade(&template));
         template
     }
+
+    /// Frees the memory of all templates but those of these names. Runs keep what they have mapped.
+    pub fn keep_only(&self, names: &[&str]) {
+        let all = lock(&self.0);
+        let others = all.iter().filter(|(name, _)| !names.contains(&name.as_str()));
+        others.filter_map(|(_, template)| template.upgrade()).for_each(|template| template.forget_memory());
+    }
 }
 
 impl SharedTemplate {
-    /// Waits until no other machine builds the template. The turn passes on when its holder fails or is cancelled.
+    /// Waits until no other machine builds the template.
     ///
     /// # Errors
-    /// The operation is cancelled, or the deadline passes.
-    pub fn turn(self: &Arc<Self>, cancellation: &Cancellation, deadline: Deadline) -> Result<Turn> {
-        let waiting = Arc::downgrade(self);
-        cancellation.on_cancel(move || waiting.upgrade().iter().for_each(|template| template.wake()));
-        let waits = |is_built: &mut bool| *is_built && !cancellation.is_cancelled();
-        let mut is_built = wait_while(&self.changed, lock(&self.is_built), deadline, waits);
-        cancellation.ensure_wanted()?;
-        if *is_built {
-            return Err(deadline.timeout("another machine to build the template of both"));
-        }
-        *is_built = true;
-        Ok(Turn(Arc::clone(self)))
-    }
-
-    fn wake(&self) {
-        // A machine that is about to wait has the lock until it waits.
-        drop(lock(&self.is_built));
-        self.changed.notify_all();
+    /// As [`Turns::wait`].
+    pub fn turn(&self, cancellation: &Cancellation, deadline: Deadline) -> Result<Turn> {
+        self.building.wait("build the template of both", cancellation, deadline)
     }
 
     /// Replaces the template's RAM file by a copy in memory that nobody can change. The copy is made once, and kept while
     /// the template is the same.
     ///
     /// # Errors
-    /// There is not enough memory, or the file cannot be read.
-    pub fn in_memory(&self, template: Template, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<Template> {
-        let mut ram = lock(&self.ram);
-        if ram.as_ref().is_none_or(|ram| ram.of != template.ram) {
-            // The old copy is freed first.
-            *ram = None;
-            let file = seal_copy(&template.memory.file, template.disk, ensure_wanted)?;
-            *ram = Some(SealedRam { of: template.ram.clone(), file });
-        }
-        let Some(SealedRam { file, .. }) = &*ram else { return Ok(template) };
-        let file = file.try_clone().map_err(|error| no_memory(&error))?;
+    /// There is not enough memory, the file cannot be read, the operation is cancelled, or the deadline passes.
+    pub fn in_memory(
+        &self,
+        template: Template,
+        cancellation: &Cancellation,
+        deadline: Deadline,
+    ) -> Result<Template> {
+        let file = match self.copy_of(&template.ram)? {
+            Some(file) => file,
+            None => {
+                let _turn =
+                    self.copying.wait("load the template of both into memory", cancellation, deadline)?;
+                // Another machine may have made the copy meanwhile.
+                match self.copy_of(&template.ram)? {
+                    Some(file) => file,
+                    None => self.copy(&template, cancellation, deadline)?,
+                }
+            }
+        };
         let memory = Memory { file, sharing: Sharing::Sealed, ..template.memory };
         Ok(Template { memory, ..template })
+    }
+
+    /// Returns the copy of that RAM file, if there is one.
+    fn copy_of(&self, ram: &FileId) -> Result<Option<File>> {
+        let copied = lock(&self.ram);
+        let copy = copied.as_ref().filter(|copied| copied.of == *ram).map(|copied| copied.file.try_clone());
+        copy.transpose().map_err(|error| no_memory(&error))
+    }
+
+    fn copy(&self, template: &Template, cancellation: &Cancellation, deadline: Deadline) -> Result<File> {
+        // The old copy is freed first.
+        self.forget_memory();
+        let copied = seal_copy(&template.memory.file, template.disk, &|| {
+            cancellation.ensure_wanted()?;
+            deadline.check("the template to be loaded into memory")
+        })?;
+        let file = copied.try_clone().map_err(|error| no_memory(&error))?;
+        // Another machine may have dropped the template meanwhile.
+        if template.ram.is_unchanged() {
+            *lock(&self.ram) = Some(SealedRam { of: template.ram.clone(), file: copied });
+        }
+        Ok(file)
+    }
+
+    /// Notes that the machine has loaded the template, which is good.
+    pub fn loaded(&self) {
+        self.failures.clear();
+        *lock(&self.last_failed) = None;
+    }
+
+    /// Notes that the machine could not load the template with that RAM file; reports whether the template is at fault.
+    pub fn is_at_fault(&self, ram: &FileId, machine: &str) -> bool {
+        let mut last = lock(&self.last_failed);
+        let others = last.replace((ram.clone(), machine.to_owned()));
+        others.is_some_and(|(failed, other)| failed == *ram && other != machine)
     }
 
     /// Frees the copy in memory, once no run maps it any more.
@@ -109,23 +147,15 @@ impl SharedTemplate {
     }
 }
 
-impl Drop for Turn {
-    fn drop(&mut self) {
-        *lock(&self.0.is_built) = false;
-        self.0.changed.notify_all();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::restore::Devices;
-    use machinery::{Error, ErrorKind};
+    use machinery::ErrorKind;
     use std::fs;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::MetadataExt;
     use std::path::Path;
-    use std::sync::mpsc;
     use std::thread;
     use std::time::Duration;
 
@@ -136,7 +166,9 @@ mod tests {
     /// Creates a template whose RAM has that text.
     fn template(folder: &Path, ram: &str) -> Template {
         let path = folder.join(ram);
-        fs::write(&path, ram).unwrap();
+        if !path.exists() {
+            fs::write(&path, ram).unwrap();
+        }
         let open = || File::open(&path).unwrap();
         let (size, block) = (ram.len() as u64, "pc.ram".to_owned());
         Template {
@@ -147,29 +179,83 @@ mod tests {
         }
     }
 
+    fn copy(shared: &SharedTemplate, template: Template) -> Result<Memory> {
+        shared.in_memory(template, &Cancellation::default(), soon()).map(|template| template.memory)
+    }
+
     #[test]
     fn copy_in_memory_is_made_once_until_the_template_changes() {
         let folder = tempfile::tempdir().unwrap();
         let shared = SharedTemplates::default().of("a");
         let copy = |ram: &str| {
-            let copy = shared.in_memory(template(folder.path(), ram), &|| Ok(())).unwrap().memory;
+            let copy = copy(&shared, template(folder.path(), ram)).unwrap();
             assert_eq!(copy.sharing, Sharing::Sealed);
             let content = fs::read_to_string(format!("/proc/self/fd/{}", copy.file.as_raw_fd())).unwrap();
             (content, copy.file.metadata().unwrap().ino())
         };
-        let same = template(folder.path(), "one");
-        let [one, again] = [(); 2].map(|()| {
-            let found = Template { ram: same.ram.clone(), ..template(folder.path(), "one") };
-            shared.in_memory(found, &|| Ok(())).unwrap().memory.file.metadata().unwrap().ino()
-        });
-        assert_eq!(one, again);
+        let one = copy("one");
+        assert_eq!(one, copy("one"));
         let (content, other) = copy("two");
         assert_eq!(content, "two");
-        assert_ne!(other, one);
-        shared.forget_memory();
+        assert_ne!(other, one.1);
+    }
+
+    #[test]
+    fn copy_in_memory_ends_with_its_deadline_and_its_cancellation() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = SharedTemplates::default().of("a");
+        let late = shared.in_memory(
+            template(folder.path(), "one"),
+            &Cancellation::default(),
+            Deadline::after(Duration::ZERO),
+        );
+        assert_eq!(late.err().unwrap().kind(), ErrorKind::Timeout);
+        let cancellation = Cancellation::default();
+        cancellation.cancel();
+        let cancelled = shared.in_memory(template(folder.path(), "one"), &cancellation, soon());
+        assert_eq!(cancelled.err().unwrap().kind(), ErrorKind::Interrupted);
         assert!(lock(&shared.ram).is_none());
-        let cancelled = shared.in_memory(same, &|| Err(Error::failed("cancelled")));
-        assert!(cancelled.err().unwrap().to_string().contains("cancelled"));
+        copy(&shared, template(folder.path(), "one")).unwrap();
+    }
+
+    #[test]
+    fn machine_that_waits_for_the_copy_of_another_gives_up_when_it_is_cancelled() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = SharedTemplates::default().of("a");
+        let _copying = shared.copying.wait("copy", &Cancellation::default(), soon()).unwrap();
+        let (cancellation, other) = (Cancellation::default(), Arc::clone(&shared));
+        let (waiting, template) = (cancellation.clone(), template(folder.path(), "one"));
+        let second = thread::spawn(move || other.in_memory(template, &waiting, soon()).err().unwrap());
+        cancellation.cancel();
+        assert_eq!(second.join().unwrap().kind(), ErrorKind::Interrupted);
+    }
+
+    #[test]
+    fn copy_in_memory_is_freed_when_no_machine_needs_it_and_stays_for_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let all = SharedTemplates::default();
+        let shared = all.of("a");
+        let of_run = copy(&shared, template(folder.path(), "one")).unwrap();
+        all.keep_only(&["a"]);
+        assert!(lock(&shared.ram).is_some());
+        all.keep_only(&["b"]);
+        assert!(lock(&shared.ram).is_none());
+        let path = format!("/proc/self/fd/{}", of_run.file.as_raw_fd());
+        assert_eq!(fs::read_to_string(path).unwrap(), "one");
+    }
+
+    #[test]
+    fn template_is_at_fault_when_two_machines_fail_to_load_it_and_none_succeeds() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = SharedTemplates::default().of("a");
+        let [one, two] = ["one", "two"].map(|ram| template(folder.path(), ram).ram);
+        for _ in 0..3 {
+            assert!(!shared.is_at_fault(&one, "m"), "the machine itself may be at fault");
+        }
+        shared.loaded();
+        assert!(!shared.is_at_fault(&one, "n"), "another machine has loaded it");
+        assert!(!shared.is_at_fault(&two, "m"), "the other one has failed to load another template");
+        assert!(shared.is_at_fault(&two, "n"));
     }
 
     #[test]
@@ -181,34 +267,5 @@ mod tests {
         drop(one);
         all.of("c");
         assert_eq!(lock(&all.0).len(), 1);
-    }
-
-    #[test]
-    fn turn_passes_on_when_its_holder_drops_it() {
-        let template = SharedTemplates::default().of("a");
-        let first = template.turn(&Cancellation::default(), soon()).unwrap();
-        let (sender, order) = mpsc::channel();
-        let (other, of_other) = (Arc::clone(&template), sender.clone());
-        let second = thread::spawn(move || {
-            let _turn = other.turn(&Cancellation::default(), soon()).unwrap();
-            of_other.send("second").unwrap();
-        });
-        let late = template.turn(&Cancellation::default(), Deadline::after(Duration::from_millis(5)));
-        assert_eq!(late.err().unwrap().kind(), ErrorKind::Timeout);
-        sender.send("first").unwrap();
-        drop(first);
-        second.join().unwrap();
-        assert_eq!([order.recv().unwrap(), order.recv().unwrap()], ["first", "second"]);
-    }
-
-    #[test]
-    fn waiting_machine_gives_up_when_it_is_cancelled() {
-        let template = SharedTemplates::default().of("a");
-        let _first = template.turn(&Cancellation::default(), soon()).unwrap();
-        let (cancellation, other) = (Cancellation::default(), Arc::clone(&template));
-        let waiting = cancellation.clone();
-        let second = thread::spawn(move || other.turn(&waiting, soon()).err().unwrap());
-        cancellation.cancel();
-        assert_eq!(second.join().unwrap().kind(), ErrorKind::Interrupted);
     }
 }

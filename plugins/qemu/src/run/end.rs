@@ -7,12 +7,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
-use machinery_backend::cell::Cell;
-use machinery_backend::sync::lock;
 use qapi::qmp;
 
 use super::start_error::{Stage, StartError};
-use super::{EXIT_GRACE, KILL_TIMEOUT, PastCell, Purpose, Run};
+use super::{EXIT_GRACE, KILL_TIMEOUT, Run};
 use crate::launch::with_output;
 
 /// The grace of a QEMU that was asked to `quit`, before it is killed.
@@ -34,22 +32,6 @@ impl Run {
         match self.wait_end(KILL_TIMEOUT) {
             Some(end) => with_output(error, &end),
             None => error.detail(&format!("and QEMU (pid {}) does not end", self.process.pid())),
-        }
-    }
-
-    /// Takes the network for the machine's next run, whose start has to end this one first. None if an earlier host has made
-    /// it.
-    pub fn release_cell(&self) -> Option<Cell> {
-        let mut cell = lock(&self.cell);
-        cell.take()?.into_made().map_err(|adopted| *cell = Some(adopted)).ok()
-    }
-
-    /// Keeps the network of a guest that has run, and closes every other one.
-    pub(super) fn end_cell(&self, past: &PastCell) {
-        let Some(cell) = lock(&self.cell).take() else { return };
-        past.keep(cell);
-        if !(matches!(*self.purpose(), Purpose::Run) && self.has_run.load(Ordering::SeqCst)) {
-            past.close(&self.machine);
         }
     }
 

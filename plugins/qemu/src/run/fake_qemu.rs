@@ -52,8 +52,7 @@ impl FakeQemu {
             writes: Vec::new(),
             sockets: Vec::new(),
             cgroup: None,
-            cell: None,
-            past_cell: super::PastCell::default(),
+            cell: super::MachineCell::default(),
             record,
         };
         let (stream, monitor) = UnixStream::pair().unwrap();

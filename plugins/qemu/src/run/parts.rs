@@ -6,7 +6,7 @@ use machinery::RestoreReadiness;
 use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
-use super::cell::{PastCell, RunCell};
+use super::cell::MachineCell;
 use super::record::RecordFile;
 use crate::version::Version;
 
@@ -20,10 +20,8 @@ pub struct Parts {
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
     pub cgroup: Option<Cgroup>,
-    /// The network of an isolated run.
-    pub cell: Option<RunCell>,
-    /// The place of that network after the run.
-    pub past_cell: PastCell,
+    /// The network of an isolated machine.
+    pub cell: MachineCell,
     pub record: RecordFile,
 }
 

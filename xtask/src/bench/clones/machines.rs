@@ -6,7 +6,7 @@
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery_testkit::guest::analysis::Agent;
 use machinery_testkit::lab::{Lab, TestNetwork};
@@ -60,6 +60,13 @@ impl Machines {
         let clones: Vec<Machine> =
             (0..count).map(|index| machine(&format!("{BASE}-{}", index + 1), index)).collect();
         let ips: Vec<String> = clones.iter().map(|clone| clone.ip.to_string()).collect();
+        // Only files that are used count as disk space.
+        for copy in &self.copies {
+            let folder = self.folder_of(&copy.name);
+            if folder.exists() {
+                fs::remove_dir_all(&folder).context(|| format!("cannot remove {}", folder.display()))?;
+            }
+        }
         let keys = format!("machines: {{{BASE}: {{clones: {count}, clone_ips: [{}]}}}}", ips.join(", "));
         self.configure(count, &keys, &self.yaml_of_base()?)?;
         Ok(clones)
@@ -75,7 +82,7 @@ impl Machines {
         let from = self.lab.folder(BASE).dir.display().to_string();
         let mut yaml = head.to_owned();
         for copy in &copies {
-            let to = from.replace(&format!("/{BASE}"), &format!("/{}", copy.name));
+            let to = self.folder_of(&copy.name).display().to_string();
             copy_folder(&from, &to)?;
             let entry =
                 entry.replace(&from, &to).replace(&format!("ip: {INSIDE}"), &format!("ip: {}", copy.ip));
@@ -90,6 +97,10 @@ impl Machines {
     /// Returns the disk space of all files, in MiB.
     pub fn disk(&self) -> Result<f64> {
         Ok(allocated(self.lab.cwd().root())? as f64 / f64::from(1 << 20))
+    }
+
+    fn folder_of(&self, copy: &str) -> PathBuf {
+        self.lab.folder(BASE).dir.with_file_name(copy)
     }
 
     fn configure(&self, count: usize, keys: &str, yaml: &str) -> Result<()> {

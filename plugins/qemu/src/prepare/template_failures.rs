@@ -1,5 +1,7 @@
-//! The failures of a machine's template. After a few of them, the template is not built again until its
-//! identity changes.
+//! The failures of a template. After a few of them, the template is not tried again until its identity changes.
+//!
+//! The failures of builds count for all machines of the template. Those of a load count for the machine alone, whose own
+//! user, files or network may be the cause.
 
 use std::sync::Mutex;
 
@@ -10,9 +12,9 @@ use super::identity::Identity;
 /// The maximum number of builds and loads of one identity that may fail.
 const MAX_TRIES: u32 = 3;
 
-/// The failures of one machine's template.
+/// The failures of a template.
 #[derive(Default)]
-pub struct BuildFailures(Mutex<Option<Failures>>);
+pub struct TemplateFailures(Mutex<Option<Failures>>);
 
 /// The failures of one identity.
 struct Failures {
@@ -22,7 +24,7 @@ struct Failures {
     why: String,
 }
 
-impl BuildFailures {
+impl TemplateFailures {
     /// Adds a failure. Failures of another identity are dropped.
     pub fn add(&self, identity: &Identity, why: &str) {
         let mut failures = lock(&self.0);
@@ -31,8 +33,8 @@ impl BuildFailures {
         *failures = Some(Failures { identity: identity.clone(), tries, why: why.to_owned() });
     }
 
-    /// Returns the reason not to build a template of this identity again, if there is one.
-    pub fn reason_not_to_build(&self, identity: &Identity) -> Option<String> {
+    /// Returns the reason not to try a template of this identity again, if there is one.
+    pub fn reason_to_give_up(&self, identity: &Identity) -> Option<String> {
         let failures = lock(&self.0);
         let known =
             failures.as_ref().filter(|known| known.identity == *identity && known.tries >= MAX_TRIES)?;
@@ -51,15 +53,15 @@ mod tests {
     use crate::prepare::identity::tests::identity;
 
     #[test]
-    fn build_is_refused_after_the_maximum_of_failures_until_one_works() {
+    fn template_is_given_up_after_the_maximum_of_failures_until_one_works() {
         let folder = tempfile::tempdir().unwrap();
-        let (identity, failures) = (identity(folder.path()), BuildFailures::default());
+        let (identity, failures) = (identity(folder.path()), TemplateFailures::default());
         for _ in 0..MAX_TRIES {
-            assert_eq!(failures.reason_not_to_build(&identity), None);
+            assert_eq!(failures.reason_to_give_up(&identity), None);
             failures.add(&identity, "no way");
         }
-        assert_eq!(failures.reason_not_to_build(&identity).unwrap(), "tried 3 times: no way");
+        assert_eq!(failures.reason_to_give_up(&identity).unwrap(), "tried 3 times: no way");
         failures.clear();
-        assert_eq!(failures.reason_not_to_build(&identity), None);
+        assert_eq!(failures.reason_to_give_up(&identity), None);
     }
 }
