@@ -277,7 +277,7 @@ fn wrong_input_is_refused_with_its_reason_and_nothing_is_made() {
     let unsafe_args = unsafe_args.display().to_string();
     let base = ["machine", "create", "m", "--accel", "tcg", "--ready-after", "1"];
     for (more, code, expected) in [
-        (&["--disk", &disk, "--ip", &ip][..], 2, "--bridge <BRIDGE>|--user"),
+        (&["--disk", &disk, "--ip", &ip][..], 2, "--bridge <BRIDGE>|"),
         (&["--disk", &disk, "--ip", "10.0.0.1", "--user"], 2, "not a loopback address"),
         (&["--disk", &disk, "--ip", "none", "--user"], 2, "--ip"),
         (&["--disk", "/none/such", "--ip", &ip, "--user"], 1, "/none/such"),
@@ -376,7 +376,7 @@ fn machine_stays_when_its_command_is_interrupted_after_its_entry_was_added() {
     let text = json!({"name": "m", "folder": folder, "setup": null, "disabled": []}).to_string();
     fs::write(record.join("record.json"), text).unwrap();
     let ran = lab.run(&["machine", "clear", "--interrupted", "m"]).unwrap();
-    assert!(ran.code == Some(1) && ran.stderr.contains("is in qemu.yaml, and stays"), "{ran:?}");
+    assert!(ran.code == Some(1) && ran.stderr.contains("is in the configuration, and stays"), "{ran:?}");
     assert!(lab.folder("m").disk.exists() && !folder.join(".unfinished").exists());
     let ran = lab.run(&["machine", "clear", "--interrupted", "m"]).unwrap();
     assert!(ran.code == Some(1) && ran.stderr.contains("unfinished machines are removed"), "{ran:?}");

@@ -5,16 +5,15 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::Command;
 
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host;
 use machinery_testkit::lab::Lab;
+use machinery_testkit::logged::LoggedCommand;
 use machinery_testkit::snapshot::SnapshotFormat;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 
 /// The steps of a creation, as its log names them.
 const STEPS: [&str; 5] =
@@ -45,45 +44,8 @@ fn creation_of(lab: &Lab, disk: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// A creation, or another command, under way.
-struct Creating {
-    process: Child,
-    log: BufReader<ChildStderr>,
-}
-
-impl Creating {
-    fn start(lab: &Lab, more: &[&str]) -> Creating {
-        Creating::run(creation(lab, more))
-    }
-
-    fn run(mut command: Command) -> Creating {
-        let mut process =
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let log = BufReader::new(process.stderr.take().unwrap());
-        Creating { process, log }
-    }
-
-    /// Waits until the log has the step.
-    fn wait_for(&mut self, step: &str) {
-        let mut line = String::new();
-        while !line.contains(step) {
-            line.clear();
-            assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "it ended before '{step}'");
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.process), signal).unwrap();
-    }
-
-    /// Waits for the end, and returns the exit code and the rest of the log.
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut rest = String::new();
-        while self.log.read_line(&mut rest).unwrap() > 0 {}
-        let status = self.process.wait().unwrap();
-        assert!(status.code().is_some() || status.signal() == Some(9), "{status:?}");
-        (status.code(), rest)
-    }
+fn start(lab: &Lab, more: &[&str]) -> LoggedCommand {
+    LoggedCommand::start(creation(lab, more))
 }
 
 /// Expects that nothing of the machine exists.
@@ -103,7 +65,7 @@ fn interrupted_creation_leaves_nothing_after_a_signal_at_any_step() {
     let lab = lab();
     for (step, signal) in STEPS.into_iter().zip([Signal::INT, Signal::TERM, Signal::HUP].into_iter().cycle())
     {
-        let mut creating = Creating::start(&lab, &["--ready-after", "1"]);
+        let mut creating = start(&lab, &["--ready-after", "1"]);
         creating.wait_for(step);
         creating.signal(signal);
         let (code, log) = creating.end();
@@ -116,7 +78,7 @@ fn interrupted_creation_leaves_nothing_after_a_signal_at_any_step() {
 fn next_command_removes_what_a_killed_one_has_left() {
     let lab = lab();
     for (number, step) in STEPS.into_iter().enumerate() {
-        let mut creating = Creating::start(&lab, &["--ready-after", "1"]);
+        let mut creating = start(&lab, &["--ready-after", "1"]);
         creating.wait_for(step);
         // The command at work is left alone.
         let clear = lab.run(&["machine", "clear"]).unwrap();
@@ -134,7 +96,7 @@ fn next_command_removes_what_a_killed_one_has_left() {
 #[test]
 fn failed_creation_leaves_nothing_when_qemu_ends_or_the_guest_is_never_ready() {
     let lab = lab();
-    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    let mut creating = start(&lab, &["--ready-after", "600"]);
     creating.wait_for("waiting for");
     let overlay = lab.cwd().root().join("machines/m/m_disposable.qcow2").display().to_string();
     let processes = machinery_testkit::processes::list().unwrap();
@@ -148,14 +110,14 @@ fn failed_creation_leaves_nothing_when_qemu_ends_or_the_guest_is_never_ready() {
     assert_nothing_remains(&lab, "QEMU was killed");
 
     let screen = lab.cwd().root().join("screen.png");
-    let creating = Creating::start(&lab, &["--timeout", "3", "--screenshot", screen.to_str().unwrap()]);
+    let creating = start(&lab, &["--timeout", "3", "--screenshot", screen.to_str().unwrap()]);
     let (code, log) = creating.end();
     assert!(code == Some(1) && log.contains("has not answered within 3 s; screen 720x400"), "{code:?} {log}");
     assert!(fs::read(&screen).unwrap().starts_with(b"\x89PNG"));
     assert_nothing_remains(&lab, "no agent");
 
     lab.cwd().change_host_yaml("free_space_reserve: 0", "free_space_reserve: 1000 TiB").unwrap();
-    let (code, log) = Creating::start(&lab, &["--ready-after", "1"]).end();
+    let (code, log) = start(&lab, &["--ready-after", "1"]).end();
     assert!(code == Some(1) && log.contains("free"), "{code:?} {log}");
     assert_nothing_remains(&lab, "no space");
 }
@@ -163,7 +125,7 @@ fn failed_creation_leaves_nothing_when_qemu_ends_or_the_guest_is_never_ready() {
 #[test]
 fn machine_of_one_name_or_disk_is_made_by_one_command_at_a_time() {
     let lab = lab();
-    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    let mut creating = start(&lab, &["--ready-after", "600"]);
     creating.wait_for("waiting for");
     let second = host::run_command(creation(&lab, &["--ready-after", "1"])).unwrap();
     assert!(second.code == Some(1) && second.stderr.contains("another command boots the disk"), "{second:?}");
@@ -181,7 +143,7 @@ fn machine_of_one_name_or_disk_is_made_by_one_command_at_a_time() {
 #[test]
 fn leftovers_are_ended_when_the_folder_of_their_machine_is_gone() {
     let lab = lab();
-    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    let mut creating = start(&lab, &["--ready-after", "600"]);
     creating.wait_for("waiting for");
     creating.signal(Signal::KILL);
     assert_eq!(creating.end().0, None);
@@ -213,14 +175,14 @@ fn interrupted_command_leaves_its_machine_as_it_was() {
     let snapshot = || {
         let mut command = host::command(lab.cwd()).unwrap();
         command.args(["-v", "machine", "snapshot", "m", "--ready-after", "1"]);
-        Creating::run(command)
+        LoggedCommand::start(command)
     };
     for (step, signal) in STEPS.into_iter().zip([Signal::TERM, Signal::KILL].into_iter().cycle()) {
         let mut taking = snapshot();
         taking.wait_for(step);
         assert_eq!(client.machine("m").unwrap()["disabled"], true, "{step}");
         taking.signal(signal);
-        taking.end();
+        let _ = taking.end();
         let cleared = lab.run(&["machine", "clear"]).unwrap();
         assert_eq!(cleared.code, Some(0), "{cleared:?}");
         assert_eq!((names(), lab.yaml().unwrap()), (vec!["m".into(), "seed".into()], yaml.clone()), "{step}");
@@ -231,7 +193,7 @@ fn interrupted_command_leaves_its_machine_as_it_was() {
     drop(host);
     let mut command = host::command(lab.cwd()).unwrap();
     command.args(["-v", "machine", "export", "m"]).arg(folder.join("m.machine"));
-    let mut exporting = Creating::run(command);
+    let mut exporting = LoggedCommand::start(command);
     exporting.wait_for("flattening");
     exporting.signal(Signal::TERM);
     // A fast export has ended already.
@@ -252,7 +214,7 @@ fn snapshot_is_finished_when_a_host_starts_or_ends_during_it() {
     let taking = |lab: &Lab| {
         let mut command = host::command(lab.cwd()).unwrap();
         command.args(["-v", "machine", "snapshot", "m", "--ready-after", "3"]);
-        let mut taking = Creating::run(command);
+        let mut taking = LoggedCommand::start(command);
         taking.wait_for("waiting for");
         taking
     };

@@ -173,7 +173,7 @@ async fn manager(
 /// Holds the machines whose files a command replaces at present.
 fn hold_machines(cwd: &Cwd, roster: &Roster) {
     let held = machine::held_entries(cwd);
-    for machine in roster.machines().iter().filter(|found| found.machinery.name == machine::MACHINERY) {
+    for machine in roster.machines() {
         let info = machine.info();
         if held.contains(info.clone_of.as_ref().unwrap_or(&info.name)) {
             machine.hold(machine::HELD);

@@ -9,6 +9,7 @@
 //! - [`capture`]: capture files, packet by packet.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client. They end with
 //!   their test.
+//! - [`logged`]: a command under way, whose log names its steps.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
@@ -34,6 +35,7 @@ pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod libvirt;
+pub mod logged;
 mod network;
 pub mod package;
 mod process;

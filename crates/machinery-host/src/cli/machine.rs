@@ -2,19 +2,18 @@
 
 use std::sync::Mutex;
 
-use machinery::{Error, Readiness, Result, format_bytes};
+use machinery::{Readiness, Result, format_bytes};
 use serde::Serialize;
 use serde_json::json;
 
 use super::args::Global;
-use super::configured::{check_file, unlisted};
+use super::configured::unlisted;
 use super::output::plain_lines;
 use super::progress::Spinner;
-use crate::commands::machine::{self, Context, Exported, MACHINERY, Machine, Made, Outcome, Removed};
+use crate::commands::machine::{self, Context, Exported, Machine, Made, Outcome, Removed};
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::exit::ExitCode;
-use crate::plugin::open::open;
 
 /// Runs the command, and prints its result.
 ///
@@ -23,9 +22,7 @@ use crate::plugin::open::open;
 pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
     command.confirm(cwd)?;
     let (config, search) = (Config::read(cwd)?, global.search(cwd));
-    let opened =
-        open(MACHINERY, &search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
-    let check = |file| check_file(cwd, MACHINERY, file, &search);
+    let machinery = command.machinery(cwd)?;
     let (spinner, shown) = (Spinner::start("machine", global.json), Mutex::new(String::new()));
     let step = |step: &str| {
         spinner.step(step);
@@ -40,8 +37,8 @@ pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
     let context = Context {
         cwd,
         config: &config,
-        plugin: &opened.plugin,
-        check: &check,
+        machinery,
+        search: &search,
         step: &step,
         globals: global.arguments(cwd),
     };
@@ -49,7 +46,7 @@ pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
     drop(spinner);
     match outcome? {
         Outcome::Made(done, mut made) => {
-            made.notes.extend(unlisted(cwd, MACHINERY));
+            made.notes.extend(unlisted(cwd, machinery));
             print_made(done, &made, global.json);
         }
         Outcome::Removed(removed) => print_removed(&removed, global.json),

@@ -3,30 +3,28 @@
 //! The command changes nothing and needs no running host.
 
 mod addresses;
+pub mod content;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use machinery::config::ConfigFile;
-use machinery::host::Plugin;
-use machinery::{Error, Report, Result, Setup};
+use machinery::{Error, Report, Setup};
 use rustix::fs::{Access, access, getxattr};
 use rustix::process::geteuid;
 use serde_yaml::{Mapping, Value};
 
 use addresses::check_addresses;
+use content::check_with_plugin;
 
 use crate::capture;
 use crate::commands::machine;
 use crate::config::Config;
 use crate::cuckoo;
 use crate::cwd::{Cwd, expect_own_state};
-use crate::fleet::services::Services;
 use crate::load;
-use crate::plugin::call::call_blocking;
 use crate::plugin::open::{OpenedPlugin, conflicts, open};
 use crate::plugin::search::PluginSearch;
 use crate::server::peers::Peers;
@@ -58,9 +56,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report
         for conflict in conflicts(&plugins) {
             report.problem(&conflict);
         }
-        if config.machineries.iter().any(|name| name == machine::MACHINERY) {
-            machine::check_installed_disks(cwd, &mut report);
-        }
+        machine::check_installed_disks(cwd, &config.machineries, &mut report);
         check_names(cwd, &config, &mut report);
         check_addresses(cwd, &config, &mut report);
     }
@@ -147,18 +143,6 @@ fn check_machinery(
     if let Some(found) = report.keep(check_with_plugin(plugin, setup, config)) {
         report.append(found);
     }
-}
-
-/// Returns the plugin's findings about this setup.
-///
-/// # Errors
-/// The plugin fails or does not return in time.
-pub fn check_with_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
-    let services = Arc::new(Services::new(plugin.name(), Arc::default()));
-    let what = format!("checking '{}'", plugin.name());
-    let checked = plugin.clone();
-    let found = call_blocking(config.timeouts.load, &what, move || checked.check(&setup, services));
-    found.map_err(|error| error.action(what))
 }
 
 fn check_folders(setup: &Setup, report: &mut Report) {

@@ -14,6 +14,7 @@ use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
 use crate::Result;
+use crate::client::Client;
 use crate::error::Context;
 use crate::guest::{Guest, GuestProbe, Qemu};
 use crate::host::{self, RunningHost};
@@ -106,6 +107,13 @@ impl KvmLab {
     /// Starts a host.
     pub fn host(&self) -> Result<RunningHost> {
         RunningHost::start(&self.cwd)
+    }
+
+    /// Starts a host for the lab, and connects to it.
+    pub fn serve(&self) -> Result<(RunningHost, Client)> {
+        let host = self.host()?;
+        let client = host.client()?;
+        Ok((host, client))
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.

@@ -58,6 +58,25 @@ impl FromStr for Assignment {
 }
 
 impl Given {
+    /// Returns these values of one machine.
+    pub fn of(machine: &str, values: &[(&str, String)]) -> Given {
+        let of = |wanted: &str| {
+            let values = values.iter().filter(|(key, value)| *key == wanted && !value.is_empty());
+            values
+                .map(|(_, value)| Assignment { machine: Some(machine.to_owned()), value: value.clone() })
+                .collect()
+        };
+        Given {
+            ip: of("ip"),
+            platform: of("platform"),
+            os_version: of("os_version"),
+            snapshot: of("snapshot"),
+            interface: of("interface"),
+            agent_port: of("agent_port"),
+            tags: of("tags"),
+        }
+    }
+
     fn all(&self) -> [(&'static str, &[Assignment]); 7] {
         [
             ("snapshot", &self.snapshot),

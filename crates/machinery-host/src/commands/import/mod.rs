@@ -15,6 +15,7 @@
 mod accept;
 mod candidate;
 mod cape;
+mod edit;
 mod entry;
 mod given;
 mod libvirt;
@@ -34,7 +35,11 @@ use serde_yaml::{Mapping, Value};
 pub use accept::{Check, without_lines};
 use accept::{expect_accepted, problems_of};
 use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
+use edit::expect_content;
+pub use edit::{remove, restore, set};
 use entry::{Found, Machine};
+pub use libvirt::virsh::Virsh;
+pub use libvirt::xml::{Domain, Network};
 pub use outcome::{Imported, Skipped};
 pub use section::Section;
 
@@ -43,7 +48,7 @@ pub const QEMU_DEFAULT: &str = include_str!("../../../../../conf/machineries/qem
 const KVM_DEFAULT: &str = include_str!("../../../../../conf/machineries/kvm.yaml");
 
 /// The libvirt of a `kvm.yaml` that does not name one.
-const DEFAULT_DSN: &str = "qemu:///system";
+pub const DEFAULT_DSN: &str = "qemu:///system";
 
 /// The arguments of the command.
 #[derive(Debug, Clone, Args)]
@@ -75,6 +80,18 @@ impl Import {
     pub fn of_folder(folder: &Path) -> Import {
         let folders = vec![folder.to_owned()];
         Import { source: Source::Vmcloak(vmcloak::Vmcloak { folders }), dry_run: false, is_strict: true }
+    }
+
+    /// Returns the import of this domain, whose machine has its name and these values. The plugin has to accept the machine.
+    pub fn of_domain(dsn: &str, label: &str, values: &[(&str, String)]) -> Import {
+        let (domains, given) = (vec![label.to_owned()], given::Given::of(label, values));
+        let source = Source::Libvirt(libvirt::Libvirt { domains, dsn: Some(dsn.to_owned()), given });
+        Import { source, dry_run: false, is_strict: true }
+    }
+
+    /// Returns the same import, which writes nothing.
+    pub fn dry(self) -> Import {
+        Import { dry_run: true, ..self }
     }
 
     /// Returns the machinery that gets the machines.
@@ -163,30 +180,6 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
         imported.added.push(machine.name);
     }
     Ok(imported)
-}
-
-/// Removes the entry of a machine from the configuration file, and returns the text before and after.
-///
-/// # Errors
-/// The file cannot be read, edited or written. It stays unchanged then.
-pub fn remove(path: &Path, name: &str) -> Result<(String, String)> {
-    let file = ConfigFile::read(path)?;
-    let text = text::remove(&file, name)?;
-    let mut expected: Mapping = file.parse()?;
-    if let Some(Value::Mapping(machines)) = expected.get_mut("machines") {
-        machines.remove(name);
-    }
-    expect_content(&file, &text, expected)?;
-    replace::replace(path, &file.text, &text)?;
-    Ok((file.text, text))
-}
-
-/// Writes the text that the file had before a removal.
-///
-/// # Errors
-/// The file was changed since then, or cannot be written.
-pub fn restore(path: &Path, (before, after): &(String, String)) -> Result<()> {
-    replace::replace(path, after, before)
 }
 
 /// Reads the file; `None` if it is missing or empty.
@@ -310,25 +303,6 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
         section.extend(machines.iter().map(|machine| (machine.name.clone().into(), machine.entry())));
     }
     expect_content(file, text, expected)
-}
-
-/// Expects that the new text has this content. No machines may be an empty value.
-fn expect_content(file: &ConfigFile, text: &str, mut expected: Mapping) -> Result<()> {
-    let with_machines = |content: &mut Mapping| {
-        let machines = content.entry("machines".into()).or_insert(Value::Null);
-        if machines.is_null() {
-            *machines = Mapping::new().into();
-        }
-    };
-    with_machines(&mut expected);
-    match serde_yaml::from_str::<Mapping>(text) {
-        Ok(mut got) => {
-            with_machines(&mut got);
-            (got == expected).then_some(())
-        }
-        Err(_) => None,
-    }
-    .ok_or_else(|| text::not_editable(file, "text cannot be changed safely in a file of this form"))
 }
 
 #[cfg(test)]

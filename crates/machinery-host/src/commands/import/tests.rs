@@ -503,3 +503,25 @@ fn entry_is_removed_with_its_comments_and_all_other_text_stays() {
     std::fs::write(&path, "machines: {a: {ip: x}}\n").unwrap();
     assert!(remove(&path, "a").is_err(), "the block is on one line");
 }
+
+#[test]
+fn value_of_an_entry_is_replaced_and_its_comment_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kvm.yaml");
+    let text = |snapshot: &str| {
+        format!(
+            "dsn: x\nmachines:\n  # the first\n  a:\n    snapshot: other\n  'b':\n    label: b\n    # which one\n    \
+             snapshot: {snapshot} # of May\n    ip: y\nz: 1\n"
+        )
+    };
+    std::fs::write(&path, text("\"clean\"")).unwrap();
+    let changed = set(&path, "b", "snapshot", "clean-2").unwrap();
+    assert_eq!(changed, (text("\"clean\""), text("clean-2")));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), text("clean-2"));
+    assert!(set(&path, "b", "tags", "x").unwrap_err().to_string().contains("has no line with its tags"));
+    for other in ["machines: {b: {snapshot: x}}\n", "machines:\n  b: |\n    snapshot: x\n"] {
+        std::fs::write(&path, other).unwrap();
+        assert!(set(&path, "b", "snapshot", "y").is_err(), "{other}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), other);
+    }
+}

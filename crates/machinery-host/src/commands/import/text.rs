@@ -187,6 +187,25 @@ fn quoted(text: &str) -> String {
 /// Returns the file's text without the entry of a machine. Comments that are indented further than its name are a part of
 /// the entry.
 pub fn remove(file: &ConfigFile, name: &str) -> Result<String> {
+    let entry = entry(file, name)?;
+    Ok(format!("{}{}", &file.text[..entry.start], &file.text[entry.end..]))
+}
+
+/// Returns the file's text with another value of a key in the entry of a machine. The comment behind the value stays.
+pub fn set(file: &ConfigFile, name: &str, key: &str, value: &str) -> Result<String> {
+    let (text, entry) = (&file.text, entry(file, name)?);
+    let mut inside = lines(&text[entry.clone()]).skip(1);
+    let (at, line) = inside
+        .find(|(_, line)| names(line, key))
+        .ok_or_else(|| not_editable(file, &format!("the machine '{name}' has no line with its {key}")))?;
+    let (start, colon) = (entry.start + at, line.find(':').unwrap_or_default() + 1);
+    let old = without_comment(line[colon..].trim_end());
+    let (before, after) = (&text[..start + colon], &text[start + colon + old.len()..]);
+    Ok(format!("{before} {}{after}", scalar(value)))
+}
+
+/// Returns the position of the entry of a machine.
+fn entry(file: &ConfigFile, name: &str) -> Result<Range<usize>> {
     let text = &file.text;
     let missing = || not_editable(file, "the machine is not written as an indented block");
     let section = Section::find(text).ok_or_else(missing)?;
@@ -195,8 +214,7 @@ pub fn remove(file: &ConfigFile, name: &str) -> Result<String> {
     let is_entry = |line: &str| indent_of(line) == section.indent && names(line, name);
     let (start, _) = inside.find(|(_, line)| is_entry(line)).ok_or_else(missing)?;
     let is_next = |line: &str| !line.trim().is_empty() && indent_of(line) <= section.indent;
-    let end = inside.find(|(_, line)| is_next(line)).map_or(section.end, |(at, _)| at);
-    Ok(format!("{}{}", &text[..start], &text[end..]))
+    Ok(start..inside.find(|(_, line)| is_next(line)).map_or(section.end, |(at, _)| at))
 }
 
 /// Reports whether the line has this key.

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
+use super::description::CARD_OF_WINDOWS;
 use super::isolation::BRIDGE;
 use super::options::{Accel, Create, Platform};
 
@@ -84,6 +85,25 @@ pub fn arguments(create: &Create, version: &str, mac: &str, accel: Accel) -> Res
         add("-drive", &format!("if=pflash,format=raw,unit=1,file={FIRMWARE_VARIABLES}"));
     }
     args.insert(0, "-nodefaults".to_owned());
+    if let Some(file) = &create.args {
+        args.extend(further(file)?);
+    }
+    Ok(args)
+}
+
+/// Returns the arguments that a domain of libvirt has besides its description: user networking, of which libvirt forwards
+/// no port, and further ones.
+///
+/// # Errors
+/// As [`arguments`].
+pub fn domain_arguments(create: &Create, mac: &str) -> Result<Vec<String>> {
+    let mut args = Vec::new();
+    if let Some(ip) = create.ip.filter(|_| create.network.user) {
+        let card = if create.platform == Platform::Windows { CARD_OF_WINDOWS } else { "virtio-net-pci" };
+        // libvirt gives this slot to no device by itself.
+        let card = format!("{card},netdev=net0,mac={mac},bus=pcie.0,addr=0x10");
+        args.extend(["-netdev".to_owned(), user_netdev(ip, create.agent_port)?, "-device".to_owned(), card]);
+    }
     if let Some(file) = &create.args {
         args.extend(further(file)?);
     }

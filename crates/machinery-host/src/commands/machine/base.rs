@@ -3,13 +3,12 @@
 //! The description of a machine has the identity of each file of that disk. A write by another program nearly always makes
 //! the file larger. A backup restores the size of a file, and may change its times.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use machinery::{Error, Report, Result};
+use machinery::{Error, Result};
 use machinery_images::{Chain, FileId};
 
-use super::info::{Description, Info, entries};
-use crate::cwd::Cwd;
+use super::info::Description;
 
 const ADVICE: &str =
     "Put the old file back from a backup. Or remove the machine, and make it anew of this disk";
@@ -19,9 +18,8 @@ const ADVICE: &str =
 /// # Errors
 /// A file is missing, or cannot be read.
 pub fn identify(base: &Path) -> Result<Vec<FileId>> {
-    let identify = |file: &std::path::PathBuf| {
-        FileId::of_content(file).map_err(|error| Error::io("look at", file, &error))
-    };
+    let identify =
+        |file: &PathBuf| FileId::of_content(file).map_err(|error| Error::io("look at", file, &error));
     Chain::of(base, Some("qcow2"))?.files.iter().map(identify).collect()
 }
 
@@ -54,17 +52,6 @@ pub fn expect_unchanged(machine: &Description) -> Result<Vec<String>> {
         }
     }
     Ok(warnings)
-}
-
-/// Reports installed disks that have changed. Others report a configuration that cannot be read, and files that are missing.
-pub fn check(cwd: &Cwd, report: &mut Report) {
-    for entry in entries(cwd).unwrap_or_default() {
-        let folder = entry.paths.last().and_then(|description| description.parent());
-        let Some(info) = folder.and_then(|folder| Info::read(folder).ok()) else { continue };
-        if let Some(warnings) = report.keep(expect_unchanged(&info.machine)) {
-            warnings.into_iter().for_each(|warning| report.warning(warning));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 use machinery::config::find_interface;
 use machinery::{Error, Result};
 use machinery_images::MAGIC;
-use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
 use super::base::identify;
-use super::context::Context;
-use super::dependents::expect_no_disk_of_machine;
+use super::context::{Context, KVM};
+use super::dependents::lock_base;
 use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::isolation::{BRIDGE, Isolation};
+use super::kvm;
 use super::make::{Plan, make, version};
 use super::options::Create;
-use super::publish::{Made, expect_free, publish};
+use super::publish::{Made, expect_domain_accepted, expect_free, publish};
 use super::unfinished::Unfinished;
 use crate::cwd::make_reachable_folder;
 
@@ -29,35 +29,55 @@ use crate::cwd::make_reachable_folder;
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
     create.ready.expect_in_time()?;
+    create.expect_of_machinery()?;
     let isolation = Isolation::of(create)?;
     let section = isolation.as_ref().map(Isolation::section);
-    let (ip, interface) = match (&isolation, create.ip) {
-        (Some(isolation), _) => (isolation.address.into(), BRIDGE),
-        (None, Some(ip)) => (ip, create.network.bridge.as_deref().unwrap_or(LOOPBACK)),
+    let ip = match (&isolation, create.ip) {
+        (Some(isolation), _) => isolation.address.into(),
+        (None, Some(ip)) => ip,
         (None, None) => {
             return Err(Error::configuration("the machine has no address").advice("Give --ip ADDRESS"));
         }
     };
     let addresses = isolation.as_ref().map_or_else(|| vec![ip.to_string()], Isolation::addresses);
     expect_free(context, &create.name, &addresses, None, section.as_ref())?;
-    if isolation.is_none() {
-        find_interface(interface).map_err(|error| error.machine(&create.name))?;
-    }
+    let dsn = (context.machinery == KVM).then(|| kvm::dsn(context.cwd, create)).transpose()?;
+    let interface = interface(create, dsn.as_deref(), isolation.is_some())?;
     let base = base_disk(&create.disk)?;
-    let _base = lock_base(context, &base)?;
+    let _base = lock_base(context.cwd, &base)?;
     let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES])?;
     let folder = folder_of(context, create.folder.as_deref(), &create.name)?;
     let mut unfinished = Unfinished::begin(context.cwd, &create.name, &folder)?;
     let made = (|| {
-        let mut info = describe(create, ip, interface, &base)?;
+        let mut info = describe(create, ip, &interface, &base)?;
         info.machine.guest_ip = isolation.map(|isolation| isolation.guest);
-        let version = version(context, &info, &mut unfinished)?;
-        info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
-        let plan = Plan { info, base, files, ready: &create.ready };
+        if let Some(dsn) = &dsn {
+            (context.step)("defining the domain");
+            kvm::define(context.config, create, dsn, &mut info, &files, &mut unfinished)?;
+            expect_domain_accepted(context, &info, &folder)?;
+        } else {
+            let version = version(context, &info, &mut unfinished)?;
+            info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
+        }
+        let plan = Plan { info, files, ready: &create.ready };
         let readiness = make(context, &plan, &mut unfinished, &folder)?;
-        publish(context, &create.name, &folder, readiness, section.map(|section| (&mut unfinished, section)))
+        let section = section.map(|section| (&mut unfinished, section));
+        publish(context, &plan.info, &folder, readiness, section)
     })();
     unfinished.conclude(context, &folder, made)
+}
+
+/// Returns the interface on which the machine's traffic is captured. That of an isolated machine exists only in its runs.
+fn interface(create: &Create, dsn: Option<&str>, is_isolated: bool) -> Result<String> {
+    if is_isolated {
+        return Ok(BRIDGE.to_owned());
+    }
+    let interface = match dsn {
+        Some(dsn) => kvm::interface(create, dsn)?,
+        None => create.network.bridge.clone().unwrap_or_else(|| LOOPBACK.to_owned()),
+    };
+    find_interface(&interface).map_err(|error| error.machine(&create.name))?;
+    Ok(interface)
 }
 
 /// Returns the real path of a machine's folder, in the given folder or in that of the CWD, which is made.
@@ -89,6 +109,7 @@ fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result
         base: Some(base.to_owned()),
         guest_ip: None,
         base_files: identify(base)?,
+        domain: None,
     }))
 }
 
@@ -103,19 +124,5 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
         Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
         _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
             .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),
-    }
-}
-
-/// Locks the disk: its path is the key of the jail in which the guest boots.
-///
-/// # Errors
-/// A machine has the disk or one below it, or another command boots it.
-pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    expect_no_disk_of_machine(context.cwd, base)?;
-    let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(_) => Err(Error::environment(format!("another command boots the disk {}", base.display()))
-            .advice("Wait for its end")),
     }
 }

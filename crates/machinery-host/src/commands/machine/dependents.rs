@@ -3,10 +3,12 @@
 //! A machine needs its disk, its snapshot and its description, and each file that its arguments name. It needs the disk
 //! from which it was made, too, and all files on which these disks depend.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 use machinery_images::Chain;
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value as Json;
 
 use super::info::{Entry, Info, entries, real};
@@ -110,16 +112,37 @@ pub fn refuse<'a>(name: &str, dependents: impl Iterator<Item = &'a Entry>) -> Re
 ///
 /// # Errors
 /// It is or does, or this is not known.
-pub fn expect_no_disk_of_machine(cwd: &Cwd, disk: &Path) -> Result<()> {
+fn expect_no_disk_of_machine(cwd: &Cwd, disk: &Path) -> Result<()> {
     let (chain, entries) = (chain(disk, QCOW2)?, entries(cwd)?);
     let owner = |path: &PathBuf| {
         let has = |entry: &&Entry| entry.paths.first().is_some_and(|own| real(own) == *path);
         Some((path.clone(), &entries.iter().find(has)?.name))
     };
-    let Some((path, name)) = chain.iter().find_map(owner) else { return Ok(()) };
+    // A machine of the machinery `kvm` has the description of its disk beside it.
+    let of_domain = |path: &PathBuf| {
+        let info = Info::read(path.parent()?).ok()?;
+        (info.machine.domain.is_some() && path.ends_with(&info.machine.disk))
+            .then_some((path.clone(), info.machine.name))
+    };
+    let by_entry = chain.iter().find_map(owner).map(|(path, name)| (path, name.clone()));
+    let Some((path, name)) = by_entry.or_else(|| chain.iter().find_map(of_domain)) else { return Ok(()) };
     let depends = if path == real(disk) { "" } else { "the disk depends on " };
     Err(Error::configuration(format!("{depends}{} is the disk of the machine '{name}'", path.display()))
         .advice("Make a copy of the disk, which depends on no other: qemu-img convert -O qcow2 OLD NEW"))
+}
+
+/// Locks the disk: its path is the key of the jail in which the guest boots.
+///
+/// # Errors
+/// A machine has the disk or one below it, or another command boots it.
+pub fn lock_base(cwd: &Cwd, base: &Path) -> Result<File> {
+    expect_no_disk_of_machine(cwd, base)?;
+    let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(_) => Err(Error::environment(format!("another command boots the disk {}", base.display()))
+            .advice("Wait for its end")),
+    }
 }
 
 /// Returns the real paths of a disk, and of all files on which it depends. It ends at a file that is missing.

@@ -11,7 +11,7 @@ use machinery::{Error, Result};
 use serde::Serialize;
 
 use super::archive;
-use super::context::Context;
+use super::context::{Context, KVM};
 use super::flatten::{files_of_disk, flatten, used};
 use super::folder::expect_space;
 use super::import_archive::expect_importable;
@@ -42,6 +42,13 @@ pub struct Exported {
 /// # Errors
 /// Another tool has made the machine, a file cannot be read, or the file cannot be written. Then there is no file.
 pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
+    if context.machinery == KVM {
+        return Err(Error::unsupported("exporting a machine of libvirt, whose snapshot is in its domain")
+            .machine(&export.name)
+            .advice(
+                "Copy the installed disk to the other host, and run `machine create --machinery kvm` there",
+            ));
+    }
     let files = files_of(context.cwd, &export.name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/"));
     let info = Info::read(folder).map_err(|error| error.machine(&export.name))?;

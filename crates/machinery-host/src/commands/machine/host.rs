@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use machinery::{Error, Result};
 use serde_json::{Value, json};
 
-use super::context::MACHINERY;
 use crate::client::Client;
 use crate::cwd::Cwd;
 use crate::cwd_lock::lock_without_host;
@@ -100,20 +99,20 @@ pub fn act(cwd: &Cwd, request: Value) -> Result<Option<Value>> {
 ///
 /// # Errors
 /// The host cannot be asked, or runs of an earlier host remain.
-pub fn machines_of(cwd: &Cwd, entries: &[String]) -> Result<Vec<Value>> {
-    match listed(cwd, entries)? {
+pub fn machines_of(cwd: &Cwd, machinery: &str, entries: &[String]) -> Result<Vec<Value>> {
+    match listed(cwd, machinery, entries)? {
         Some(machines) => Ok(machines),
-        None => expect_no_runs(cwd).map(|()| Vec::new()),
+        None => expect_no_runs(cwd, machinery).map(|()| Vec::new()),
     }
 }
 
 /// Returns these machines as a running host lists them. Returns `None` if no host serves the CWD.
-fn listed(cwd: &Cwd, entries: &[String]) -> Result<Option<Vec<Value>>> {
+fn listed(cwd: &Cwd, machinery: &str, entries: &[String]) -> Result<Option<Vec<Value>>> {
     let Some(mut list) = act(cwd, json!({"action": "list"}))? else { return Ok(None) };
     let is_of = |machine: &Value, key: &str| entries.iter().any(|entry| machine[key] == json!(entry));
     let Value::Array(mut machines) = list["machines"].take() else { return Ok(Some(Vec::new())) };
     machines.retain(|machine| {
-        machine["machinery_name"] == MACHINERY && (is_of(machine, "name") || is_of(machine, "clone_of"))
+        machine["machinery_name"] == machinery && (is_of(machine, "name") || is_of(machine, "clone_of"))
     });
     Ok(Some(machines))
 }
@@ -124,8 +123,8 @@ pub fn name(machine: &Value) -> &str {
 }
 
 /// Expects that no run of an earlier host remains, which the next one adopts.
-fn expect_no_runs(cwd: &Cwd) -> Result<()> {
-    let entries = fs::read_dir(cwd.machinery_state(MACHINERY)).into_iter().flatten().flatten();
+fn expect_no_runs(cwd: &Cwd, machinery: &str) -> Result<()> {
+    let entries = fs::read_dir(cwd.machinery_state(machinery)).into_iter().flatten().flatten();
     let is_record = |extension: &std::ffi::OsStr| RUN_RECORDS.iter().any(|record| extension == *record);
     match entries.map(|entry| entry.path()).find(|path| path.extension().is_some_and(is_record)) {
         None => Ok(()),
@@ -159,9 +158,9 @@ pub fn expect_unused(machines: &[Value]) -> Result<()> {
 ///
 /// # Errors
 /// The host cannot be asked.
-pub fn wait_until_unused(cwd: &Cwd, entries: &[String], step: &dyn Fn(&str)) -> Result<()> {
+pub fn wait_until_unused(cwd: &Cwd, machinery: &str, entries: &[String], step: &dyn Fn(&str)) -> Result<()> {
     loop {
-        let Err(error) = expect_unused(&machines_of(cwd, entries)?) else { return Ok(()) };
+        let Err(error) = expect_unused(&machines_of(cwd, machinery, entries)?) else { return Ok(()) };
         step(&format!("waiting until it is off and not locked: {}", error.reason()));
         thread::sleep(USE_INTERVAL);
     }
@@ -190,11 +189,11 @@ pub fn stop(cwd: &Cwd, name: &str) -> Result<()> {
 ///
 /// # Errors
 /// The host refuses, or cannot be asked.
-pub fn release(cwd: &Cwd, entries: &[String]) -> Result<()> {
-    for machine in listed(cwd, entries)?.unwrap_or_default() {
+pub fn release(cwd: &Cwd, machinery: &str, entries: &[String]) -> Result<()> {
+    for machine in listed(cwd, machinery, entries)?.unwrap_or_default() {
         act(cwd, json!({"action": "release_machine", "machine": name(&machine)}))?;
     }
-    for machine in listed(cwd, entries)?.unwrap_or_default() {
+    for machine in listed(cwd, machinery, entries)?.unwrap_or_default() {
         if machine["disabled"] == json!(false) {
             let prepare = json!({"action": "prepare", "machine": name(&machine)});
             Client::connect(&cwd.manager_socket())?.split().0.send(&prepare, None)?;
@@ -209,6 +208,7 @@ pub mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::commands::machine::context::MACHINERY;
 
     pub fn cwd(folder: &std::path::Path) -> Cwd {
         fs::write(folder.join(".cuckoocwd"), "").unwrap();
@@ -252,7 +252,7 @@ pub mod tests {
             &cwd,
             vec![json!({"success": true, "machines": machines}), json!({"success": false, "reason": "no"})],
         );
-        let found = machines_of(&cwd, &["w".to_owned(), "twin".to_owned()]).unwrap();
+        let found = machines_of(&cwd, MACHINERY, &["w".to_owned(), "twin".to_owned()]).unwrap();
         assert_eq!(found.iter().map(name).collect::<Vec<_>>(), ["w-1", "w-2", "twin"]);
         let refused = expect_unused(&found).unwrap_err().to_string();
         assert!(refused.contains("'w-2'") && refused.contains("it is running"), "{refused}");
@@ -263,7 +263,7 @@ pub mod tests {
     fn machines_are_unknown_when_a_host_has_left_a_run() {
         let folder = tempfile::tempdir().unwrap();
         let cwd = cwd(folder.path());
-        let ask = || machines_of(&cwd, &["m".to_owned()]).map_err(|error| error.to_string());
+        let ask = || machines_of(&cwd, MACHINERY, &["m".to_owned()]).map_err(|error| error.to_string());
         assert_eq!(ask(), Ok(Vec::new()));
         for record in RUN_RECORDS {
             let path = cwd.machinery_state(MACHINERY).join(format!("m-1.{record}"));

@@ -73,7 +73,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             screenshot: None,
         };
         let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
-        publish(context, &name, &folder, readiness, None)
+        publish(context, &info, &folder, readiness, None)
     })();
     unfinished.conclude(context, &folder, made)
 }
@@ -92,7 +92,7 @@ impl ImportArchive {
         let machine = &mut info.machine;
         // The files of the archive that are verified and restored.
         (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
-        (machine.base, machine.base_files) = (None, Vec::new());
+        (machine.base, machine.base_files, machine.domain) = (None, Vec::new(), None);
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }

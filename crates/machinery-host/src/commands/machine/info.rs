@@ -1,6 +1,6 @@
-//! The description of a machine: `machineinfo.json` in its folder, in VMCloak's format and with three further keys.
+//! The description of a machine: `machineinfo.json` in its folder, in VMCloak's format and with further keys.
 //!
-//! The plugin reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
+//! The plugin `qemu` reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,7 +14,8 @@ use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 
-use super::context::MACHINERY;
+use super::context::{KVM, MACHINERY};
+use super::domain::{Domain, DomainEntry};
 use crate::cwd::Cwd;
 
 /// The name of the file.
@@ -58,6 +59,9 @@ pub struct Description {
     /// The files of that disk, as they were before the machine's snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub base_files: Vec<FileId>,
+    /// The domain of a machine of the machinery `kvm`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<Domain>,
 }
 
 impl Info {
@@ -154,16 +158,20 @@ impl Entry {
 /// # Errors
 /// The file cannot be read or parsed: it may have any machine. Other users can change it.
 pub fn entries(cwd: &Cwd) -> Result<Vec<Entry>> {
-    let path = cwd.machinery_yaml(MACHINERY);
-    if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-        return Ok(Vec::new());
-    }
-    let machines = ConfigFile::read_trusted(&path)?.parse_at::<Mapping>(&["machines"])?.unwrap_or_default();
     let entry = |(name, keys): (&Value, &Value)| Entry {
         name: name.as_str().unwrap_or_default().to_owned(),
         paths: PATHS.iter().filter_map(|key| Some(keys.get(*key)?.as_str()?.into())).collect(),
     };
-    Ok(machines.iter().map(entry).collect())
+    Ok(machines(cwd, MACHINERY)?.iter().map(entry).collect())
+}
+
+/// Returns the machines of a machinery's configuration, by name.
+fn machines(cwd: &Cwd, machinery: &str) -> Result<Mapping> {
+    let path = cwd.machinery_yaml(machinery);
+    if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(Mapping::new());
+    }
+    Ok(ConfigFile::read_trusted(&path)?.parse_at(&["machines"])?.unwrap_or_default())
 }
 
 /// Reports whether the configuration has a machine with a file in this folder.
@@ -173,6 +181,31 @@ pub fn entries(cwd: &Cwd) -> Result<Vec<Entry>> {
 pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
     let folder = real(folder);
     Ok(entries(cwd)?.iter().any(|entry| entry.files().iter().any(|file| file.starts_with(&folder))))
+}
+
+/// Returns the machines of the machinery `kvm`. A CWD without the file has none.
+///
+/// # Errors
+/// As [`entries`].
+pub fn domain_entries(cwd: &Cwd) -> Result<Vec<DomainEntry>> {
+    let text = |keys: &Value, key: &str| keys.get(key).and_then(Value::as_str).map(str::to_owned);
+    let entry = |(name, keys): (&Value, &Value)| DomainEntry {
+        name: name.as_str().unwrap_or_default().to_owned(),
+        label: text(keys, "label").unwrap_or_default(),
+        snapshot: text(keys, "snapshot"),
+    };
+    Ok(machines(cwd, KVM)?.iter().map(entry).collect())
+}
+
+/// Returns the machinery of a machine, or `qemu` if the configuration does not have it.
+///
+/// # Errors
+/// The configuration of the machinery `kvm` cannot be read, and that of `qemu` does not have the machine.
+pub fn machinery_of(cwd: &Cwd, name: &str) -> Result<&'static str> {
+    if machines(cwd, MACHINERY).is_ok_and(|machines| machines.contains_key(name)) {
+        return Ok(MACHINERY);
+    }
+    Ok(if machines(cwd, KVM)?.contains_key(name) { KVM } else { MACHINERY })
 }
 
 /// Returns the files of a machine: disk, snapshot and description.

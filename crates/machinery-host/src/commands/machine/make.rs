@@ -1,12 +1,12 @@
 //! Makes a machine in its folder, from a disk that is only read.
 //!
 //! ```text
-//! description ─▶ cold boot in the plugin's own jail ─▶ the guest is ready ─▶ saved: memory and overlay
-//!    ─▶ template ─▶ restored once ─▶ the agent answers again
+//! description ─▶ cold boot by the plugin ─▶ the guest is ready ─▶ saved
+//!    ─▶ template or save image ─▶ restored once ─▶ the agent answers again
 //! ```
 //!
-//! The overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. The template only
-//! proves that restores are instant: a host builds its own.
+//! For `qemu`, the overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. For
+//! `kvm`, the snapshot is in that disk. The template only proves that restores are instant: a host builds its own.
 
 use std::fs::{self, File};
 use std::io;
@@ -23,6 +23,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::context::{Context, MACHINERY};
+use super::domain::{INSTALLED, reverting};
 use super::folder::sync;
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
@@ -42,11 +43,17 @@ const FILE_MODE: u32 = 0o644;
 /// The machine to make.
 pub struct Plan<'a> {
     pub info: Info,
-    /// The disk that the guest boots from.
-    pub base: PathBuf,
     /// The files that belong into the machine's folder, with their names there.
     pub files: Vec<(PathBuf, String)>,
     pub ready: &'a Ready,
+}
+
+/// The state of its disk in which a machine starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beginning {
+    /// The installed disk.
+    Installed,
+    Snapshot,
 }
 
 /// The programs of the machinery.
@@ -87,7 +94,7 @@ pub fn make(
         copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
     }
     plan.info.write(&folder)?;
-    let setup = setup(context, unfinished, &plan.info, &plan.base)?;
+    let setup = setup(context, unfinished, &plan.info, Beginning::Installed)?;
     let scratch = unfinished.scratch().to_owned();
     with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
     prove(context, &plan.info, plan.ready, unfinished, place)
@@ -113,13 +120,24 @@ fn boot(
     session
         .call("booting", limit, |instance, machine, deadline| instance.norestore_start(machine, deadline))?;
     ready::wait(session, plan.ready, agent_of(&plan.info)?, scratch, context.step)?;
-    let (memory, disk) = (folder.join(MEMORY), folder.join(DISK));
-    during(context, "saving the memory", session, || {
-        session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
-            instance.save(machine, &memory, &disk, deadline)
-        })
+    during(context, "saving the memory", session, || match &plan.info.machine.domain {
+        None => {
+            let (memory, disk) = (folder.join(MEMORY), folder.join(DISK));
+            session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
+                instance.save(machine, &memory, &disk, deadline)
+            })
+        }
+        Some(domain) => {
+            let taken = domain.take_snapshot(scratch).map_err(|error| error.machine(plan.name()));
+            taken.and_then(|()| stop(context, session))
+        }
     })?;
     session.close_network(context.config.timeouts.stop)
+}
+
+fn stop(context: &Context<'_>, session: &Session) -> Result<()> {
+    let limit = context.config.timeouts.stop;
+    session.call("stopping", limit, |instance, machine, deadline| instance.stop(machine, deadline))
 }
 
 /// Restores a machine whose files are complete once, and returns its readiness. Its folder will be at `place`.
@@ -134,15 +152,13 @@ pub fn prove(
     place: &Path,
 ) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
-    let setup = setup(context, unfinished, info, &folder.join(DISK))?;
+    let setup = setup(context, unfinished, info, Beginning::Snapshot)?;
     let scratch = unfinished.scratch().to_owned();
     let limits = context.config.timeouts;
     let readiness = with_session(context, &setup, &info.machine.name, |session| {
-        during(context, "building the template", session, || {
-            session.call("preparing the restore", limits.prepare, |instance, machine, deadline| {
-                instance.prepare(machine, deadline)
-            })
-        })?;
+        let what =
+            if info.machine.domain.is_some() { "building the save image" } else { "building the template" };
+        during(context, what, session, || prepare(context, session))?;
         let readiness = session.readiness();
         ready::expect_no_answer(ready, agent_of(info)?)?;
         (context.step)("restoring");
@@ -154,16 +170,28 @@ pub fn prove(
             let again = Ready { timeout: RESTORED_TIMEOUT, screenshot: None, ..ready.clone() };
             ready::wait(session, &again, agent_of(info)?, &scratch, context.step)?;
         }
-        session
-            .call("stopping", limits.stop, |instance, machine, deadline| instance.stop(machine, deadline))?;
+        stop(context, session)?;
         session.close_network(limits.stop)?;
         Ok(readiness)
     })?;
+    if let Some(domain) = &info.machine.domain {
+        // A host would take the changes of this run for the work of somebody else.
+        with_session(context, &reverting(&setup, &domain.snapshot), &info.machine.name, |session| {
+            during(context, "reverting the disk", session, || prepare(context, session))
+        })?;
+    }
     let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
     info.clone().placed_in(place, &names).write(&folder)?;
     // Before the configuration names the folder, or an older machine is replaced by it.
     sync(&folder)?;
     Ok(readiness)
+}
+
+fn prepare(context: &Context<'_>, session: &Session) -> Result<()> {
+    let limit = context.config.timeouts.prepare;
+    session.call("preparing the restore", limit, |instance, machine, deadline| {
+        instance.prepare(machine, deadline)
+    })
 }
 
 /// Returns the further files in a machine's folder, such as its firmware's variables.
@@ -209,16 +237,21 @@ fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl Fn
 /// # Errors
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
-    let setup = without_machines(&setup(context, unfinished, info, Path::new("/none"))?);
+    let setup = without_machines(&setup(context, unfinished, info, Beginning::Installed)?);
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
     })
 }
 
-/// Returns the plugin's setup with this machine alone, which has that disk.
-fn setup(context: &Context<'_>, unfinished: &mut Unfinished, info: &Info, disk: &Path) -> Result<Setup> {
-    let config = scratch_config(context, info, unfinished.machine_folder(), disk)?;
+/// Returns the plugin's setup with this machine alone.
+fn setup(
+    context: &Context<'_>,
+    unfinished: &mut Unfinished,
+    info: &Info,
+    beginning: Beginning,
+) -> Result<Setup> {
+    let config = scratch_config(context, info, unfinished.machine_folder(), beginning)?;
     let setup = unfinished.setup(config, host_config(context, info)?)?;
     Ok(Setup { result_server: context.config.result_server, ..setup })
 }
@@ -236,25 +269,38 @@ pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
 }
 
 /// Returns the machinery's configuration with this machine alone. JSON is YAML.
-fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path) -> Result<ConfigFile> {
-    let (path, binaries) = (context.cwd.machinery_yaml(MACHINERY), binaries(context)?);
+fn scratch_config(
+    context: &Context<'_>,
+    info: &Info,
+    folder: &Path,
+    beginning: Beginning,
+) -> Result<ConfigFile> {
     let machine = &info.machine;
-    let text = json!({
-        "interface": machine.bridge,
-        "disposable_copy_dir": folder,
-        "binaries": {"qemu_img": binaries.qemu_img, "qemu_system_x86_64": binaries.qemu_system_x86_64},
-        "machines": {&machine.name: {
-            "qcow2_path": disk,
-            "snapshot_path": folder.join(MEMORY),
-            "machineinfo_path": folder.join(INFO),
-            "ip": machine.ip,
-            "platform": machine.os_name,
-            "os_version": machine.os_version,
-            "architecture": machine.architecture,
-            "agent_port": machine.agent_port,
-        }},
+    let mut entry = json!({
+        "ip": machine.ip,
+        "platform": machine.os_name,
+        "os_version": machine.os_version,
+        "architecture": machine.architecture,
+        "agent_port": machine.agent_port,
     });
-    Ok(ConfigFile { path, text: text.to_string() })
+    let mut config = json!({"interface": machine.bridge});
+    let is_installed = beginning == Beginning::Installed;
+    if let Some(domain) = &machine.domain {
+        config["dsn"] = json!(domain.dsn);
+        entry["label"] = json!(domain.label);
+        entry["snapshot"] = json!(if is_installed { INSTALLED } else { &domain.snapshot });
+    } else {
+        let binaries = binaries(context)?;
+        config["disposable_copy_dir"] = json!(folder);
+        config["binaries"] =
+            json!({"qemu_img": binaries.qemu_img, "qemu_system_x86_64": binaries.qemu_system_x86_64});
+        let base = machine.base.clone().filter(|_| is_installed);
+        entry["qcow2_path"] = json!(base.unwrap_or_else(|| folder.join(DISK)));
+        entry["snapshot_path"] = json!(folder.join(MEMORY));
+        entry["machineinfo_path"] = json!(folder.join(INFO));
+    }
+    config["machines"] = json!({&machine.name: entry});
+    Ok(ConfigFile { path: context.cwd.machinery_yaml(context.machinery), text: config.to_string() })
 }
 
 /// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made, and those of the
@@ -262,16 +308,21 @@ fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path
 const KEPT: [&str; 6] = ["jail", "jail_users", "instant", "instant_space_limit", "template_space", "network"];
 const KEPT_OF_MACHINE: [&str; 6] =
     ["jail", "instant", "allow_shared_writes", "unsafe_start_args", "network", "guest_ip"];
+/// The keys of the section of `kvm`. An image is made in a folder that is removed.
+const KEPT_OF_KVM: [&str; 2] = ["instant", "save_images"];
 
 /// Returns the host's configuration as far as it is about the confinement and the network of this machine, and about
 /// space.
 fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
-    let name = &info.machine.name;
+    let (name, machinery) = (&info.machine.name, context.machinery);
     let all: Value = context.config.host_file.as_ref().map_or(Ok(Value::Null), ConfigFile::parse)?;
-    let section = &all["machineries"][MACHINERY];
-    let mut own = kept(section, &KEPT);
+    let section = &all["machineries"][machinery];
+    let is_domain = info.machine.domain.is_some();
+    let (keys, keys_of_machine) =
+        if is_domain { (&KEPT_OF_KVM[..], &[][..]) } else { (&KEPT[..], &KEPT_OF_MACHINE[..]) };
+    let mut own = kept(section, keys);
     own.insert("standby".to_owned(), json!("off"));
-    let mut machine = kept(&section["machines"][name], &KEPT_OF_MACHINE);
+    let mut machine = kept(&section["machines"][name], keys_of_machine);
     if !section["machines"][name]["clones"].is_null() {
         // Clones are isolated, and so is the guest of their snapshot.
         machine.insert("network".to_owned(), json!("isolated"));
@@ -282,7 +333,7 @@ fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
     }
     own.insert("machines".to_owned(), json!({name: machine}));
     let mut host = kept(&all, &["free_space_reserve"]);
-    host.insert("machineries".to_owned(), json!({MACHINERY: own}));
+    host.insert("machineries".to_owned(), json!({machinery: own}));
     Ok(ConfigFile { path: context.cwd.host_yaml(), text: Value::Object(host).to_string() })
 }
 

@@ -1,14 +1,16 @@
-//! `machine`: makes machines of the machinery `qemu`, takes their snapshots anew, removes them, and carries them to
-//! another host.
+//! `machine`: makes machines of the machineries `qemu` and `kvm`, takes their snapshots anew, removes them, and carries
+//! those of `qemu` to another host.
 //!
 //! The command loads the plugin in its own process, for the machine alone. The plugin boots and saves the guest in the
-//! jail in which it runs later. A machine is added to the configuration once it was restored.
+//! jail in which it runs later. A machine of `kvm` is a domain, which `virsh` makes and saves. A machine is added to the
+//! configuration once it was restored.
 //!
 //! | module | content |
 //! | --- | --- |
 //! | `options` | the arguments |
 //! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
 //! | `isolation` | the addresses of an isolated machine, and its section of `machinery-host.yaml` |
+//! | `kvm`, `domain`, `description` | the same for a machine of `kvm`; its domain, and libvirt's description of it |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
 //! | `export`, `import_archive`, `archive`, `flatten` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
@@ -17,17 +19,21 @@
 //! | `info` | the description of a machine in its folder |
 //! | `publish`, `host` | the entry in the configuration; the running host |
 //! | `section` | the section in `machinery-host.yaml`; the lock of the configuration |
-//! | `base` | the installed disk, which has to stay as it was |
+//! | `base`, `changed` | the installed disk, which has to stay as it was; those that have not |
 //! | `dependents` | the machines that need the files of another one |
-//! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
+//! | `unfinished`, `locks`, `interrupt` | the record of an unfinished machine; signals |
+//! | `leftovers` | the end of runs and domains that a command has left |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
 mod archive;
 mod arguments;
 mod base;
+mod changed;
 mod context;
 mod create;
 mod dependents;
+mod description;
+mod domain;
 mod export;
 mod flatten;
 mod folder;
@@ -36,6 +42,9 @@ mod import_archive;
 mod info;
 mod interrupt;
 mod isolation;
+mod kvm;
+mod leftovers;
+mod locks;
 mod make;
 mod options;
 mod publish;
@@ -49,18 +58,19 @@ mod unfinished;
 use std::fs;
 
 use clap::Subcommand;
-use machinery::{Error, Report, Result};
+use machinery::{Error, Result};
 
 use crate::config::Config;
 use crate::cwd::Cwd;
-use crate::plugin::open::open;
 use crate::plugin::search::PluginSearch;
-pub use base::check as check_installed_disks;
-pub use context::{Context, MACHINERY};
+pub use changed::check_installed_disks;
+pub use context::{Context, KVM, MACHINERY};
 use export::Export;
 pub use export::Exported;
 pub use host::HELD;
 use import_archive::ImportArchive;
+use info::machinery_of;
+pub use locks::expect_no_command;
 use options::Create;
 pub use publish::Made;
 use remove::Remove;
@@ -68,16 +78,16 @@ pub use remove::Removed;
 pub use section::lock_configuration;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
-pub use unfinished::{expect_no_command, held_entries};
+pub use unfinished::held_entries;
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Machine {
-    /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to qemu.yaml
+    /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to the configuration
     Create(Box<Create>),
     /// Take the snapshot of a machine anew, from a cold boot of the disk that it was made of
     Snapshot(Snapshot),
-    /// Remove a machine from qemu.yaml, and its files
+    /// Remove a machine from the configuration, and its files
     Remove(Remove),
     /// Write a machine into a single file, for another host
     Export(Export),
@@ -114,6 +124,20 @@ impl Machine {
     pub fn confirm(&self, cwd: &Cwd) -> Result<()> {
         if let Machine::Remove(remove) = self { remove.confirm(cwd) } else { Ok(()) }
     }
+
+    /// Returns the machinery of the machine.
+    ///
+    /// # Errors
+    /// The configuration cannot be read.
+    pub fn machinery(&self, cwd: &Cwd) -> Result<&'static str> {
+        match self {
+            Machine::Create(create) => Ok(create.machinery.as_str()),
+            Machine::Snapshot(Snapshot { name, .. })
+            | Machine::Remove(Remove { name, .. })
+            | Machine::Export(Export { name, .. }) => machinery_of(cwd, name),
+            Machine::Import(_) | Machine::Clear { .. } => Ok(MACHINERY),
+        }
+    }
 }
 
 /// Clears what interrupted commands have left, before the state of a host is removed.
@@ -126,10 +150,9 @@ pub fn clear_all(cwd: &Cwd, config: &Config, search: &PluginSearch) -> Result<()
     if !has_any() {
         return Ok(());
     }
-    let opened = open(MACHINERY, search, config.plugin_hashes.as_ref(), config.timeouts.load)?;
-    let (check, step) = (|_| Ok(Report::default()), |_: &str| ());
-    let (plugin, globals) = (&opened.plugin, Vec::new());
-    clear_abandoned(&Context { cwd, config, plugin, check: &check, step: &step, globals }, None).map(drop)
+    let (machinery, step, globals) = (MACHINERY, |_: &str| (), Vec::new());
+    let context = Context { cwd, config, machinery, search, step: &step, globals };
+    clear_abandoned(&context, None).map(drop)
 }
 
 /// Runs the command.
@@ -178,7 +201,9 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
 /// Returns the error of a command that was interrupted. A machine that is in the configuration already stays.
 fn interrupted_after(is_configured: bool) -> Error {
     Error::interrupted(match is_configured {
-        true => "the command was interrupted in its last step; the machine is in qemu.yaml, and stays",
+        true => {
+            "the command was interrupted in its last step; the machine is in the configuration, and stays"
+        }
         false => "the command was interrupted; unfinished machines are removed",
     })
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use machinery::{Error, Result};
 
+use super::context::{KVM, MACHINERY};
 use crate::commands::address_range::AddressRange;
 
 /// The machine to make.
@@ -21,6 +22,12 @@ pub struct Create {
     pub ip: Option<IpAddr>,
     #[command(flatten)]
     pub network: Network,
+    /// Machinery of the machine: a process of QEMU, or a domain of libvirt
+    #[arg(long, value_enum, default_value = "qemu")]
+    pub machinery: Machinery,
+    /// Address of libvirt, with --machinery kvm [default: dsn in kvm.yaml]
+    #[arg(long, value_name = "URI")]
+    pub dsn: Option<String>,
     /// Operating system of the guest, for its devices
     #[arg(long, value_enum, default_value = "windows")]
     pub platform: Platform,
@@ -66,8 +73,11 @@ pub struct Create {
 #[group(required = true, multiple = true)]
 pub struct Network {
     /// Bridge of the guest's network card, which must exist
-    #[arg(long, value_name = "BRIDGE", conflicts_with_all = ["user", "isolated", "clones", "guest_ip"])]
+    #[arg(long, value_name = "BRIDGE", conflicts_with_all = ["libvirt_network", "user", "isolated", "clones", "guest_ip"])]
     pub bridge: Option<String>,
+    /// Network of libvirt, with --machinery kvm
+    #[arg(long, value_name = "NETWORK", conflicts_with_all = ["user", "isolated", "clones", "guest_ip"])]
+    pub libvirt_network: Option<String>,
     /// Connect the guest to nothing but the agent's port, at a loopback address of this host
     #[arg(long, conflicts_with_all = ["isolated", "clones", "guest_ip"])]
     pub user: bool,
@@ -102,6 +112,46 @@ pub struct Ready {
     pub screenshot: Option<PathBuf>,
 }
 
+impl Create {
+    /// Expects that the options are those of the machinery.
+    ///
+    /// # Errors
+    /// One is of the other machinery.
+    pub fn expect_of_machinery(&self) -> Result<()> {
+        let is_kvm = self.machinery == Machinery::Kvm;
+        let network = &self.network;
+        let of_libvirt =
+            [("--dsn", self.dsn.is_some()), ("--libvirt-network", network.libvirt_network.is_some())];
+        let of_qemu = [
+            ("--isolated", network.isolated),
+            ("--clones", network.clones.is_some()),
+            ("--guest-ip", network.guest_ip.is_some()),
+        ];
+        let given = if is_kvm { &of_qemu[..] } else { &of_libvirt };
+        match given.iter().find(|(_, is_given)| *is_given) {
+            Some((option, _)) if is_kvm => {
+                return Err(Error::unsupported(&format!("{option}: libvirt makes the network of a domain"))
+                    .advice("Give --bridge or --libvirt-network, or leave out --machinery kvm"));
+            }
+            Some((option, _)) => {
+                return Err(
+                    Error::configuration(format!("{option} is about libvirt")).advice("Add --machinery kvm")
+                );
+            }
+            None => {}
+        }
+        if is_kvm && self.uefi {
+            return Err(Error::unsupported(
+                "a domain with UEFI, of which most versions of libvirt take no internal snapshot",
+            )
+            .advice(
+                "Leave out --machinery kvm. Or define the domain yourself, and add it with `import libvirt`",
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Ready {
     /// Expects that the guest can be ready before the command gives up.
     ///
@@ -115,6 +165,25 @@ impl Ready {
             ))
             .advice("Give a longer --timeout")),
             _ => Ok(()),
+        }
+    }
+}
+
+/// The machineries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Machinery {
+    /// A process of QEMU, in the jail of this program
+    Qemu,
+    /// A domain of libvirt
+    Kvm,
+}
+
+impl Machinery {
+    /// Returns the machinery's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Machinery::Qemu => MACHINERY,
+            Machinery::Kvm => KVM,
         }
     }
 }

@@ -10,12 +10,13 @@ use serde_json::json;
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
+use super::domain::INSTALLED;
 use super::host::reload;
+use super::info::Info;
 use super::section::{lock_configuration, section_of};
 use super::unfinished::Unfinished;
-use crate::commands::check::check_with_plugin;
 use crate::commands::import::{Import, QEMU_DEFAULT, import, without_lines};
-use crate::load::setup_with;
+use crate::plugin::search::is_listed;
 
 /// A machine that was made, or changed.
 #[derive(Debug, Serialize)]
@@ -41,12 +42,12 @@ pub fn expect_free(
     section: Option<&Mapping>,
 ) -> Result<()> {
     let (cwd, config) = (context.cwd, context.config);
-    expect_writable(&cwd.machinery_yaml(MACHINERY))?;
+    expect_writable(&cwd.machinery_yaml(context.machinery))?;
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
     }
-    for machinery in config.machineries.iter().map(String::as_str).chain([MACHINERY]) {
+    for machinery in config.machineries.iter().map(String::as_str).chain([context.machinery]) {
         // A file that cannot be read is reported by whatever needs it.
         let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
         let Some(machines) = file.parse_at::<Mapping>(&["machines"])? else { continue };
@@ -68,7 +69,7 @@ pub fn expect_free(
         }
     }
     let ip = addresses.first().map(String::as_str).unwrap_or_default();
-    expect_accepted(context, name, ip, mac, section)
+    expect_accepted_beside_clones(context, name, ip, mac, section)
 }
 
 /// Expects that this user can replace the configuration file, before a guest has booted for nothing.
@@ -83,15 +84,19 @@ fn expect_writable(yaml: &Path) -> Result<()> {
 /// The keys whose values no two machines have.
 const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
 
-/// Asks the plugin, which knows all clones, whether one has the name, the address or the network card, and whether the
+/// Asks the plugin of `qemu`, which knows all clones, whether one has the name, the address or the network card, and whether the
 /// section is right.
-fn expect_accepted(
+fn expect_accepted_beside_clones(
     context: &Context<'_>,
     name: &str,
     ip: &str,
     mac: Option<&str>,
     section: Option<&Mapping>,
 ) -> Result<()> {
+    // Without the machinery, there may be no plugin that knows them.
+    if context.machinery != MACHINERY && !is_listed(MACHINERY, &context.config.machineries) {
+        return Ok(());
+    }
     let mut host = context.config.clone();
     if let Some(section) = section {
         let file = ConfigFile { path: context.cwd.host_yaml(), text: String::new() };
@@ -118,8 +123,7 @@ fn expect_accepted(
         machines.insert(name.into(), entry);
     }
     let text = serde_yaml::to_string(&config).unwrap_or_default();
-    let setup = setup_with(ConfigFile { path, text }, MACHINERY, context.cwd, &host);
-    let report = check_with_plugin(context.plugin, setup, &host)?;
+    let report = context.check_of(MACHINERY, ConfigFile { path, text }, &host)?;
     let is_taken = |text: &str| {
         UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")))
             || text.contains(&format!(": machineries.{MACHINERY}.machines.{name}."))
@@ -139,7 +143,7 @@ fn expect_accepted(
 /// The configuration cannot be changed, or refuses the machine.
 pub fn publish(
     context: &Context<'_>,
-    name: &str,
+    info: &Info,
     folder: &Path,
     ready: RestoreReadiness,
     section: Option<(&mut Unfinished, Mapping)>,
@@ -148,10 +152,40 @@ pub fn publish(
     let _lock = lock_configuration(context.cwd)?;
     if let Some((unfinished, keys)) = section {
         unfinished.record_section(&keys)?;
-        section_of(name).add(&context.cwd.host_yaml(), &keys)?;
+        section_of(&info.machine.name).add(&context.cwd.host_yaml(), &keys)?;
     }
-    let added = import(&Import::of_folder(folder), &context.cwd.machinery_yaml(MACHINERY), context.check)?;
+    let check = |file| context.check(file);
+    let added = import(&import_of(info, folder), &context.cwd.machinery_yaml(context.machinery), &check)?;
     let mut notes = added.notes;
     notes.extend(reload(context.cwd));
-    Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
+    Ok(Made { machine: info.machine.name.clone(), folder: folder.to_owned(), ready, notes })
+}
+
+/// Expects that the configuration takes the machine of a domain, before the guest boots.
+///
+/// # Errors
+/// The configuration cannot be changed, or refuses the machine.
+pub fn expect_domain_accepted(context: &Context<'_>, info: &Info, folder: &Path) -> Result<()> {
+    let mut info = info.clone();
+    if let Some(domain) = &mut info.machine.domain {
+        INSTALLED.clone_into(&mut domain.snapshot);
+    }
+    let check = |file| context.check(file);
+    import(&import_of(&info, folder).dry(), &context.cwd.machinery_yaml(context.machinery), &check).map(drop)
+}
+
+/// Returns the import of the machine, which makes its entry.
+fn import_of(info: &Info, folder: &Path) -> Import {
+    let machine = &info.machine;
+    let Some(domain) = &machine.domain else { return Import::of_folder(folder) };
+    let values = [
+        ("snapshot", domain.snapshot.clone()),
+        ("ip", machine.ip.clone()),
+        ("platform", machine.os_name.clone()),
+        ("os_version", machine.os_version.clone()),
+        ("interface", machine.bridge.clone()),
+        ("agent_port", machine.agent_port.to_string()),
+        ("tags", machine.tags.join(",")),
+    ];
+    Import::of_domain(&domain.dsn, &domain.label, &values)
 }

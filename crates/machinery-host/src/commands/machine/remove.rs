@@ -16,11 +16,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use serde_yaml::Mapping;
 
-use super::context::{Context, MACHINERY};
+use super::context::{Context, KVM};
 use super::dependents::expect_no_dependents;
-use super::folder::remove_folder;
+use super::domain::Recorded;
 use super::host;
-use super::info::{Info, entries, files_of};
+use super::info::{Info, entries, files_of, machinery_of};
+use super::kvm;
 use super::section::{lock_configuration, section_of};
 use super::unfinished::Unfinished;
 use crate::commands::import;
@@ -83,6 +84,11 @@ impl Remove {
 
     /// Returns the paths to remove: the folder of a machine that this program has made, or else the machine's files.
     fn paths(&self, cwd: &Cwd) -> Result<Vec<PathBuf>> {
+        if machinery_of(cwd, &self.name)? == KVM {
+            let found = kvm::find(cwd, &self.name)?;
+            expect_no_dependents(cwd, &self.name, std::slice::from_ref(&found.folder))?;
+            return Ok(vec![found.folder]);
+        }
         let files = files_of(cwd, &self.name)?;
         if let Some(folder) = own_folder(&files) {
             expect_no_dependents(cwd, &self.name, &[folder.to_owned()])?;
@@ -122,42 +128,59 @@ fn size_of(path: &Path) -> u64 {
 pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let (cwd, name) = (context.cwd, &remove.name);
     let paths = remove.paths(cwd)?;
-    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
-    let section = own_section(cwd, name, folder.as_deref())?;
+    let section = own_section(cwd, name, &paths)?;
     if section.is_none() {
         expect_no_section(context, name)?;
     }
     make_state_folder(cwd)?;
     let _absent = host::keep_out(cwd)?;
-    let machines = host::machines_of(cwd, std::slice::from_ref(name))?;
+    let machines = host::machines_of(cwd, context.machinery, std::slice::from_ref(name))?;
     host::expect_unused(&machines)?;
-    let mut mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
+    let mut mark = begin(context, name, &machines)?;
     if let Some((mark, keys)) = mark.as_mut().zip(section.as_ref()) {
         mark.record_section(keys)?;
     }
     let lock = lock_configuration(cwd)?;
-    let given_up = remove_from_configuration(cwd, name, section.is_some(), &machines);
+    let given_up = remove_from_configuration(context, name, section.is_some(), &machines);
     drop(lock);
     if let Err(error) = given_up {
-        mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
+        mark.map_or(Ok(()), |mark| mark.finish(cwd, &paths[0]))?;
         return Err(error.machine(name));
     }
-    // The machine is removed by now: files that remain are no failure.
-    let removed = match &folder {
-        Some(folder) => remove_folder(folder),
-        None => remove_files(&paths),
-    };
-    let finished = mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))));
-    let notes = [removed, finished].into_iter().filter_map(|done| done.err().map(|error| error.to_string()));
-    Ok(Removed { machine: name.clone(), removed: paths, notes: notes.collect() })
+    // The machine is removed by now: files that remain are no failure, and the next command removes them.
+    let removed = mark.map_or_else(|| remove_files(&paths), |mark| mark.clear(context));
+    let notes = removed.err().map(|error| error.to_string());
+    Ok(Removed { machine: name.clone(), removed: paths, notes: notes.into_iter().collect() })
+}
+
+/// Marks the folder of a machine that this program has made. `machines` are those of a running host.
+fn begin(context: &Context<'_>, name: &str, machines: &[Value]) -> Result<Option<Unfinished>> {
+    let cwd = context.cwd;
+    if context.machinery == KVM {
+        let found = kvm::find(cwd, name)?;
+        // A host that runs knows the state of its machines, and ends a standby itself.
+        if machines.is_empty() {
+            kvm::expect_off(&found.domain).map_err(|error| error.machine(name))?;
+        }
+        let domain = Some(Recorded::whole(&found.domain));
+        return Unfinished::begin_removal(cwd, name, &found.folder, domain).map(Some);
+    }
+    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
+    folder.map(|folder| Unfinished::begin_removal(cwd, name, &folder, None)).transpose()
 }
 
 /// Removes the machine's entry and its section, and has a running host give up these machines.
 ///
 /// # Errors
 /// A file cannot be changed, or the host uses a machine. The configuration is as it was then.
-fn remove_from_configuration(cwd: &Cwd, name: &str, has_section: bool, machines: &[Value]) -> Result<()> {
-    let (yaml, host_yaml) = (cwd.machinery_yaml(MACHINERY), cwd.host_yaml());
+fn remove_from_configuration(
+    context: &Context<'_>,
+    name: &str,
+    has_section: bool,
+    machines: &[Value],
+) -> Result<()> {
+    let cwd = context.cwd;
+    let (yaml, host_yaml) = (cwd.machinery_yaml(context.machinery), cwd.host_yaml());
     let entry = import::remove(&yaml, name)?;
     let section = has_section.then(|| section_of(name).remove(&host_yaml)).transpose();
     let (given_up, section) = match section {
@@ -172,10 +195,11 @@ fn remove_from_configuration(cwd: &Cwd, name: &str, has_section: bool, machines:
     })
 }
 
-/// Returns the section of a machine for which `machine create` has written one.
-fn own_section(cwd: &Cwd, name: &str, folder: Option<&Path>) -> Result<Option<Mapping>> {
-    let is_written = |folder: &Path| Info::read(folder).is_ok_and(|info| info.machine.guest_ip.is_some());
-    match folder.is_some_and(is_written) {
+/// Returns the section of a machine for which `machine create` has written one. `paths` are the machine's folder, or its
+/// files.
+fn own_section(cwd: &Cwd, name: &str, paths: &[PathBuf]) -> Result<Option<Mapping>> {
+    let is_written = |path: &PathBuf| Info::read(path).is_ok_and(|info| info.machine.guest_ip.is_some());
+    match paths.iter().any(is_written) {
         true => section_of(name).content(&cwd.host_yaml()),
         false => Ok(None),
     }
@@ -183,7 +207,7 @@ fn own_section(cwd: &Cwd, name: &str, folder: Option<&Path>) -> Result<Option<Ma
 
 /// Expects that `machinery-host.yaml` has no section for the machine, which a host refuses without an entry.
 fn expect_no_section(context: &Context<'_>, name: &str) -> Result<()> {
-    let key = ["machineries", MACHINERY, "machines", name];
+    let key = ["machineries", context.machinery, "machines", name];
     let Some(file) = &context.config.host_file else { return Ok(()) };
     let machines = file.parse_at::<Mapping>(&key[..3])?.unwrap_or_default();
     if machines.contains_key(name) {

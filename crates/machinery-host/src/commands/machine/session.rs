@@ -8,13 +8,14 @@ use machinery::host::Instance;
 use machinery::{
     Deadline, Error, HostServices, LogLevel, LogRecord, RestoreReadiness, Result, Setup, State, format_bytes,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::arguments::LOOPBACK;
-use super::context::{Context, MACHINERY};
+use super::context::Context;
 use crate::load::shutdown_plugin;
 use crate::logging;
 use crate::plugin::call::{GRACE, call_blocking};
+use crate::plugin::open::open;
 
 /// A loaded plugin with its machine.
 pub struct Session {
@@ -34,26 +35,29 @@ pub fn with_session<T>(
     work: impl FnOnce(&Session) -> Result<T>,
 ) -> Result<T> {
     let limits = &context.config.timeouts;
-    let (plugin, setup) = (context.plugin.clone(), setup.clone());
+    let opened = open(context.machinery, context.search, context.config.plugin_hashes.as_ref(), limits.load)?;
+    let (plugin, setup) = (opened.plugin, setup.clone());
     let events = Arc::new(Events::new(plugin.name()));
     let services = Arc::clone(&events);
     let what = format!("load of '{}'", plugin.name());
     let instance = Arc::new(call_blocking(limits.load, &what, move || plugin.load(&setup, services))?);
     let session = Session { instance, events, machine: machine.to_owned() };
     let done = work(&session);
-    shutdown_plugin(context.plugin.name(), session.instance, limits.shutdown);
+    shutdown_plugin(context.machinery, session.instance, limits.shutdown);
     done
 }
 
 /// Returns the setup without machines, and without the folder and the interface of the one that it had.
 pub fn without_machines(setup: &Setup) -> Setup {
     let mut setup = setup.clone();
-    let config: Value = serde_json::from_str(&setup.config.text).unwrap_or_default();
-    let without = json!({"interface": LOOPBACK, "binaries": config["binaries"], "machines": {}});
-    setup.config.text = without.to_string();
+    let mut config: Map<String, Value> = serde_json::from_str(&setup.config.text).unwrap_or_default();
+    config.remove("disposable_copy_dir");
+    config.extend([("interface".to_owned(), json!(LOOPBACK)), ("machines".to_owned(), json!({}))]);
+    setup.config.text = Value::Object(config).to_string();
     setup.host_config = setup.host_config.map(|host| {
         let mut all: Value = serde_json::from_str(&host.text).unwrap_or_default();
-        all["machineries"][MACHINERY]["machines"] = json!({});
+        let sections = all["machineries"].as_object_mut().into_iter().flatten();
+        sections.for_each(|(_, section)| section["machines"] = json!({}));
         ConfigFile { text: all.to_string(), ..host }
     });
     setup

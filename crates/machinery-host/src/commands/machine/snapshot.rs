@@ -16,12 +16,12 @@ use machinery::{Error, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::base::{expect_unchanged, identify};
-use super::context::Context;
-use super::create::lock_base;
-use super::dependents::{dependents_of, refuse};
+use super::context::{Context, KVM};
+use super::dependents::{dependents_of, lock_base, refuse};
 use super::folder::{remove_folder, set_mark, sync, sync_name};
 use super::host;
 use super::info::{Info, files_of};
+use super::kvm;
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::Made;
@@ -44,6 +44,9 @@ pub struct Snapshot {
 pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let (cwd, name) = (context.cwd, &snapshot.name);
     snapshot.ready.expect_in_time()?;
+    if context.machinery == KVM {
+        return kvm::snapshot(context, name, &snapshot.ready);
+    }
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
     let mut info = Info::read(&folder).map_err(|error| error.machine(name))?;
@@ -54,14 +57,14 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     };
     expect_no_folders(&folder).map_err(|error| error.machine(name))?;
     let entries = entries_of(context, name, &files, &folder)?;
-    host::expect_unused(&host::machines_of(cwd, &entries)?)?;
-    let _base = lock_base(context, &base)?;
+    host::expect_unused(&host::machines_of(cwd, context.machinery, &entries)?)?;
+    let _base = lock_base(cwd, &base)?;
     let warnings = expect_unchanged(&info.machine)?;
     info.machine.base_files = identify(&base).map_err(|error| error.machine(name))?;
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
     let made = (|| {
         unfinished.hold(cwd, &entries)?;
-        let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
+        let plan = Plan { info, files: other_files(&folder)?, ready: &snapshot.ready };
         let ready = make(context, &plan, &mut unfinished, &folder)?;
         let notes = publish(context, &entries, &folder, unfinished.machine_folder())?;
         let notes = warnings.into_iter().chain(notes).collect();
@@ -104,7 +107,7 @@ fn contents(folder: &Path) -> Result<Vec<(PathBuf, OsString)>> {
 fn publish(context: &Context<'_>, entries: &[String], folder: &Path, new: &Path) -> Result<Vec<String>> {
     let _absent = host::keep_out(context.cwd)?;
     // A host that has started meanwhile may have the machine for a task of an earlier one.
-    host::wait_until_unused(context.cwd, entries, context.step)?;
+    host::wait_until_unused(context.cwd, context.machinery, entries, context.step)?;
     carry_over(folder, new)?;
     sync(new)?;
     exchange(folder, new)?;

@@ -14,26 +14,21 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Mapping;
 
 use super::context::Context;
+use super::domain::Recorded;
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
+use super::locks::{NEW, records, try_lock};
 use super::section::withdraw;
-use super::session::{with_session, without_machines};
-use super::{host, info};
+use super::{host, leftovers};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
-const LOCK: &str = "lock";
 const RECORD: &str = "record.json";
-/// The beginning of the name of a record that is being made, and the time in which it gets its own name.
-const NEW: &str = ".new-";
-const MAX_BEGIN: Duration = Duration::from_secs(60);
 
 /// The record of an unfinished machine.
 pub struct Unfinished {
@@ -49,6 +44,9 @@ struct Record {
     folder: PathBuf,
     /// The setup of the plugin, once it has one.
     setup: Option<Setup>,
+    /// The domain, if the machine is one of the machinery `kvm`.
+    #[serde(default)]
+    domain: Option<Recorded>,
     /// The entries whose machines a host holds while the command is at work.
     #[serde(default)]
     held: Vec<String>,
@@ -85,15 +83,38 @@ impl Unfinished {
     ///
     /// # Errors
     /// Another command is at work on the machine, or a file cannot be written.
-    pub fn begin_removal(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
-        let removal = Unfinished::record(cwd, name, folder)?;
-        match set_mark(folder) {
+    pub fn begin_removal(
+        cwd: &Cwd,
+        name: &str,
+        folder: &Path,
+        domain: Option<Recorded>,
+    ) -> Result<Unfinished> {
+        let mut removal = Unfinished::record(cwd, name, folder)?;
+        match domain.map_or(Ok(()), |domain| removal.record_domain(domain)).and_then(|()| set_mark(folder)) {
             Ok(()) => Ok(removal),
             Err(error) => {
                 let _ = fs::remove_dir_all(&removal.folder);
                 Err(error.machine(name))
             }
         }
+    }
+
+    /// Makes the record of a new snapshot of a domain. The machine's folder stays.
+    ///
+    /// # Errors
+    /// Another command is at work on the machine, or a file cannot be written.
+    pub fn begin_snapshot(cwd: &Cwd, name: &str, folder: &Path, domain: Recorded) -> Result<Unfinished> {
+        let mut snapshot = Unfinished::record(cwd, name, folder)?;
+        snapshot.record_domain(domain).map(|()| snapshot)
+    }
+
+    /// Records the domain, before it is made or changed.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub fn record_domain(&mut self, domain: Recorded) -> Result<()> {
+        self.record.domain = Some(domain);
+        self.record.write(&self.folder)
     }
 
     fn record(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
@@ -178,10 +199,11 @@ impl Unfinished {
     pub fn hold(&mut self, cwd: &Cwd, entries: &[String]) -> Result<()> {
         entries.clone_into(&mut self.record.held);
         self.record.write(&self.folder)?;
-        let machines = host::machines_of(cwd, entries)?;
+        let machinery = self.record.machinery();
+        let machines = host::machines_of(cwd, machinery, entries)?;
         host::expect_unused(&machines)?;
         machines.iter().try_for_each(|machine| host::hold(cwd, host::name(machine)))?;
-        host::expect_unused(&host::machines_of(cwd, entries)?)?;
+        host::expect_unused(&host::machines_of(cwd, machinery, entries)?)?;
         machines.iter().try_for_each(|machine| host::stop(cwd, host::name(machine)))
     }
 
@@ -228,12 +250,16 @@ impl Unfinished {
 }
 
 impl Record {
+    fn machinery(&self) -> &'static str {
+        leftovers::machinery_of(self.domain.as_ref())
+    }
+
     /// Has a running host release the machines.
     fn release(&self, cwd: &Cwd) {
         if self.held.is_empty() {
             return;
         }
-        if let Err(error) = host::release(cwd, &self.held) {
+        if let Err(error) = host::release(cwd, self.machinery(), &self.held) {
             tracing::warn!(machine = self.name, %error, "the host may still hold the machine: see `enable-machine`");
         }
     }
@@ -275,20 +301,6 @@ pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<
     Error::all(remains).map_or(Ok(cleared), Err)
 }
 
-/// Expects that no command is at work.
-///
-/// # Errors
-/// One is.
-pub fn expect_no_command(cwd: &Cwd) -> Result<()> {
-    let is_at_work = |folder: &PathBuf| !matches!(try_lock(folder), Ok(Some(_)));
-    match records(cwd).find(is_at_work) {
-        None => Ok(()),
-        Some(folder) => Err(Error::environment("a `machine` command is at work on this machine")
-            .machine(folder.file_name().unwrap_or_default().display().to_string())
-            .advice("Wait for its end")),
-    }
-}
-
 /// Returns the entries whose machines commands hold that are at work.
 pub fn held_entries(cwd: &Cwd) -> Vec<String> {
     let is_at_work = |folder: &PathBuf| matches!(try_lock(folder), Ok(None));
@@ -296,40 +308,28 @@ pub fn held_entries(cwd: &Cwd) -> Vec<String> {
     records(cwd).filter(is_at_work).filter_map(record).flat_map(|record: Record| record.held).collect()
 }
 
-/// Returns the folders of all records that have their name.
-fn records(cwd: &Cwd) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(cwd.unfinished_machines()).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).filter(|folder| !is_being_made(folder))
-}
-
-/// Reports whether a command may be about to lock the record, which has no name yet.
-fn is_being_made(folder: &Path) -> bool {
-    let is_new = folder.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(NEW.as_bytes()));
-    let age = folder.metadata().and_then(|found| found.modified()).ok().and_then(|made| made.elapsed().ok());
-    is_new && age.is_none_or(|age| age < MAX_BEGIN)
-}
-
-/// Locks the record in that folder, unless its command is at work.
-fn try_lock(folder: &Path) -> io::Result<Option<File>> {
-    let file = File::options().write(true).create(true).truncate(false).open(folder.join(LOCK))?;
-    Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
-}
-
 /// Clears a record. Reports whether its machine is in the configuration, and stays.
 fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> {
+    let context = Context { machinery: record.machinery(), ..context.clone() };
+    let domain = record.domain.as_ref();
     if let Some(setup) = &record.setup {
         // A template is of no use any more.
         remove_folder(&setup.cache_dir)?;
-        end_runs(setup, record, context).map_err(|error| {
+        leftovers::end_runs(&context, setup, &record.name).map_err(|error| {
             error.action("ending what an unfinished machine has left").machine(&record.name).advice(format!(
                 "Correct this, and run `cuckoo-machinery machine clear`. Or end the machine's processes, and remove {}",
                 folder.display()
             ))
         })?;
     }
+    domain
+        .map_or(Ok(()), |domain| {
+            leftovers::clear_domain(&context, &record.name, domain, record.setup.as_ref(), folder)
+        })
+        .map_err(|error| error.machine(&record.name))?;
     record.release(context.cwd);
     let own = &record.folder;
-    let is_configured = info::is_configured(context.cwd, own)?;
+    let is_configured = leftovers::is_configured(context.cwd, domain, own)?;
     if is_configured {
         remove_mark(own)?;
     } else {
@@ -343,21 +343,9 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
     remove_folder(folder).map(|()| is_configured)
 }
 
-/// Ends the runs that the commands have left. The plugin does so when it is loaded, also without the machine: its files or
-/// its bridge may not exist any more.
-fn end_runs(setup: &Setup, record: &Record, context: &Context<'_>) -> Result<()> {
-    let has_left = || fs::read_dir(&setup.state_dir).is_ok_and(|mut entries| entries.next().is_some());
-    let load = |setup: &Setup| with_session(context, setup, &record.name, |_| Ok(()));
-    let Err(error) = load(setup) else { return Ok(()) };
-    if has_left() {
-        tracing::debug!(machine = record.name, %error, "the plugin does not load with the machine");
-        load(&without_machines(setup))?;
-    }
-    if has_left() { Err(error) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::locks::expect_no_command;
     use super::*;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;

@@ -10,8 +10,8 @@
 //! ```
 
 mod os;
-mod virsh;
-mod xml;
+pub mod virsh;
+pub mod xml;
 
 use std::collections::HashMap;
 
@@ -29,12 +29,12 @@ use xml::{Card, Domain, Network, Snapshot, address_in};
 #[derive(Debug, Clone, Args)]
 pub struct Libvirt {
     /// Names of domains [default: all]
-    domains: Vec<String>,
+    pub domains: Vec<String>,
     /// Address of libvirt [default: dsn in kvm.yaml]
     #[arg(long, value_name = "URI")]
-    dsn: Option<String>,
+    pub dsn: Option<String>,
     #[command(flatten)]
-    given: Given,
+    pub given: Given,
 }
 
 /// Reads the domains. `configured` is the libvirt that `kvm.yaml` names.

@@ -1,12 +1,15 @@
 //! Runs `virsh`, with a time limit for each call.
 //!
-//! All calls but one are read-only, so that a user without the right to change domains can read them.
+//! An import makes read-only calls but one, so that a user without the right to change domains can read them.
 
+use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use machinery::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
 use tokio::process::Command;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
@@ -26,6 +29,8 @@ pub struct Virsh<'a> {
     program: &'a str,
     timeout: Duration,
     runtime: Runtime,
+    /// The file on which the processes have a shared lock.
+    lock: Option<PathBuf>,
 }
 
 impl<'a> Virsh<'a> {
@@ -34,7 +39,14 @@ impl<'a> Virsh<'a> {
     pub fn new(dsn: &'a str) -> Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Error::environment(format!("cannot run virsh: {error}")))?;
-        Ok(Virsh { dsn, program: "virsh", timeout: TIMEOUT, runtime })
+        Ok(Virsh { dsn, program: "virsh", timeout: TIMEOUT, runtime, lock: None })
+    }
+
+    /// Has the processes hold a shared lock on this file until their ends. They may outlive a program that is killed, and
+    /// libvirt then still does the work.
+    #[must_use]
+    pub fn holding(self, lock: PathBuf) -> Self {
+        Virsh { lock: Some(lock), ..self }
     }
 
     /// Runs a command on a read-only connection, and returns its output.
@@ -42,7 +54,7 @@ impl<'a> Virsh<'a> {
     /// # Errors
     /// There is no `virsh`, libvirt does not answer, or the command fails.
     pub fn read(&self, arguments: &[&str]) -> Result<String> {
-        self.output(&["--readonly"], arguments)
+        self.output(&["--readonly"], arguments, self.timeout)
     }
 
     /// Runs a command, and returns its output.
@@ -50,7 +62,15 @@ impl<'a> Virsh<'a> {
     /// # Errors
     /// As [`read`](Virsh::read).
     pub fn run(&self, arguments: &[&str]) -> Result<String> {
-        self.output(&[], arguments)
+        self.output(&[], arguments, self.timeout)
+    }
+
+    /// Runs a command that may take this long.
+    ///
+    /// # Errors
+    /// As [`read`](Virsh::read).
+    pub fn run_within(&self, limit: Duration, arguments: &[&str]) -> Result<String> {
+        self.output(&[], arguments, limit)
     }
 
     /// Returns the lines of a command's output that are not empty.
@@ -78,15 +98,24 @@ impl<'a> Virsh<'a> {
         let mut command = Command::from(machinery::command(self.program));
         command.args(["--quiet", "--connect", self.dsn]).args(options).args(arguments);
         // Its messages are in English. Some versions of glibc let LANGUAGE overrule C.UTF-8.
-        command.env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE").stdin(Stdio::null()).kill_on_drop(true);
+        command.env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE").kill_on_drop(true);
         command
     }
 
-    fn output(&self, options: &[&str], arguments: &[&str]) -> Result<String> {
+    /// Returns the standard input, which virsh does not read: it carries the lock.
+    fn input(&self) -> Result<Stdio> {
+        let Some(path) = &self.lock else { return Ok(Stdio::null()) };
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        let locked = file.and_then(|file| Ok(flock(&file, FlockOperation::LockShared).map(|()| file)?));
+        locked.map(Stdio::from).map_err(|error| Error::io("lock", path, &error))
+    }
+
+    fn output(&self, options: &[&str], arguments: &[&str], limit: Duration) -> Result<String> {
         let mut command = self.command(options, arguments);
-        let ended = self.runtime.block_on(async { timeout(self.timeout, command.output()).await });
+        command.stdin(self.input()?);
+        let ended = self.runtime.block_on(async { timeout(limit, command.output()).await });
         let Ok(ended) = ended else {
-            let seconds = self.timeout.as_secs();
+            let seconds = limit.as_secs();
             let reason = format!("libvirt at {} has not answered for {seconds} s", self.dsn);
             return Err(
                 Error::timeout(reason).advice(format!("Try `virsh --connect {} list --all`", self.dsn))
@@ -175,6 +204,21 @@ mod tests {
         }
         let other = error_of("echo 'error: it is odd' >&2; exit 1", TIMEOUT);
         assert_eq!(other, "`virsh list --name` failed: it is odd");
+    }
+
+    #[test]
+    fn lock_is_held_by_the_process_and_not_after_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let (lock, program) = (folder.path().join("lock"), folder.path().join("virsh"));
+        let script = format!("flock --nonblock --exclusive '{}' echo free || echo held", lock.display());
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let virsh = Virsh { program: program.to_str().unwrap(), ..Virsh::new("qemu:///system").unwrap() };
+        assert_eq!(virsh.read(&[]).unwrap(), "free\n");
+        let virsh = virsh.holding(lock.clone());
+        assert_eq!(virsh.read(&[]).unwrap(), "held\n");
+        let file = File::open(&lock).unwrap();
+        flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
     }
 
     #[test]

@@ -18,6 +18,9 @@ pub struct Domain {
     pub system: Option<String>,
     pub is_uefi: bool,
     pub cards: Vec<Card>,
+    pub uuid: String,
+    /// The files of its disks.
+    pub disks: Vec<String>,
 }
 
 /// A network card of a domain.
@@ -71,12 +74,18 @@ impl Domain {
         let mut metadata = child(root, "metadata").into_iter().flat_map(|metadata| metadata.descendants());
         let system = metadata.find(|node| node.has_tag_name((LIBOSINFO, "os")));
         let devices = child(root, "devices").into_iter().flat_map(|devices| devices.children());
+        let disks = devices.clone().filter(|node| node.has_tag_name("disk"));
         Ok(Domain {
             name: child(root, "name").and_then(|name| name.text()).unwrap_or_default().to_owned(),
             architecture: architecture.map(architecture_of),
             system: system.and_then(|system| system.attribute("id")).map(str::to_owned),
             is_uefi: by_efi || by_flash || nvram.is_some(),
             cards: devices.filter(|node| node.has_tag_name("interface")).map(Card::of).collect(),
+            uuid: child(root, "uuid").and_then(|uuid| uuid.text()).unwrap_or_default().to_owned(),
+            disks: disks
+                .filter_map(|disk| child(disk, "source")?.attribute("file"))
+                .map(str::to_owned)
+                .collect(),
         })
     }
 }

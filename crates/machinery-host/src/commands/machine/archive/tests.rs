@@ -20,6 +20,7 @@ fn description() -> Vec<u8> {
         guest_ip: None,
         base: None,
         base_files: Vec::new(),
+        domain: None,
     };
     serde_json::to_vec(&Info::new(machine)).unwrap()
 }
