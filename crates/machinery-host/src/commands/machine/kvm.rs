@@ -188,7 +188,8 @@ pub fn snapshot(context: &Context<'_>, name: &str, ready: &Ready) -> Result<Made
     }
     let _base = info.machine.base.as_deref().map(|base| lock_base(cwd, base)).transpose()?;
     let warnings = expect_unchanged(&info.machine)?;
-    let base_files = info.machine.base.as_deref().map_or_else(|| Ok(Vec::new()), identify)?;
+    let base_files = info.machine.base.as_deref().map_or_else(|| Ok(Vec::new()), identify);
+    let base_files = base_files.map_err(|error| error.machine(name))?;
     let new = Domain { snapshot: next_snapshot(&known), ..old.clone() };
     let recorded = Recorded::snapshots(&new, &old.snapshot, &new.snapshot);
     let mut unfinished = Unfinished::begin_snapshot(cwd, name, &folder, recorded)?;

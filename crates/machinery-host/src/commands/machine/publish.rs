@@ -84,8 +84,8 @@ fn expect_writable(yaml: &Path) -> Result<()> {
 /// The keys whose values no two machines have.
 const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
 
-/// Asks the plugin of `qemu`, which knows all clones, whether one has the name, the address or the network card, and whether the
-/// section is right.
+/// Asks the plugin of `qemu`, which knows all clones, whether one has the name, the address or the network card, and whether
+/// the section is right.
 fn expect_accepted_beside_clones(
     context: &Context<'_>,
     name: &str,
