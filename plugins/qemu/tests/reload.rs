@@ -3,6 +3,7 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::fs;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -236,7 +237,9 @@ fn new_machine_is_unusable_while_another_process_uses_its_disk() {
     let loaded = Loaded::new(STANDBY, |lab| lab.change_yaml("  three:", "  other:").unwrap());
     let lab = &loaded.lab;
     let mut qemu = Command::new(&lab.qemu().system);
-    let name = format!("guest={}", lab.disposable("three").display());
+    let overlay = lab.disposable("three");
+    fs::write(&overlay, "").unwrap();
+    let name = format!("guest={}", overlay.display());
     qemu.args(["-S", "-display", "none", "-nodefaults", "-name", &name]).stderr(Stdio::null());
     let mut other = qemu.spawn().unwrap();
     lab.change_yaml("  other:", "  three:").unwrap();
