@@ -7,19 +7,18 @@
 //! Both snapshots are internal, in the overlay: every version of libvirt reverts to those. A new snapshot is taken from the
 //! snapshot `installed`, beside the present one. The machine has it once its entry names it.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
 use machinery::{Error, ErrorKind, Result};
+use machinery_images::Header;
 
 use super::arguments::{LOOPBACK, accel, domain_arguments};
 use super::base::{expect_unchanged, identify};
 use super::context::{Context, KVM};
 use super::dependents::lock_base;
 use super::description::{Card, description};
-use super::domain::{Domain, INSTALLED, Recorded, next_snapshot};
+use super::domain::{Domain, DomainEntry, INSTALLED, Recorded, next_snapshot};
 use super::folder::expect_space;
 use super::host;
 use super::info::{DISK, Info, domain_entries};
@@ -34,8 +33,6 @@ use crate::cwd::Cwd;
 
 /// The beginning of the address of a libvirt that runs QEMU on this computer.
 const LOCAL: &str = "qemu:///";
-/// The place of a disk's size in a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
-const SIZE_AT: u64 = 24;
 
 /// Returns the address of the libvirt that gets the domain.
 ///
@@ -122,12 +119,12 @@ pub fn define(
 
 /// Makes an overlay of a disk, which `qemu-img` does not open: an operating system has written to it.
 fn make_overlay(base: &Path, overlay: &Path) -> Result<()> {
-    let mut size = [0; size_of::<u64>()];
-    let read = File::open(base).and_then(|file| file.read_exact_at(&mut size, SIZE_AT));
-    read.map_err(|error| Error::io("read the disk", base, &error))?;
+    let header = Header::read(base)?;
+    let not_qcow2 = || Error::configuration(format!("{} is not a qcow2 disk", base.display()));
+    let size = header.ok_or_else(not_qcow2)?.size;
     let mut make = machinery::command("qemu-img");
     make.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-u", "-b"]);
-    make.arg(base).arg(overlay).arg(u64::from_be_bytes(size).to_string());
+    make.arg(base).arg(overlay).arg(size.to_string());
     let ran = make.output().map_err(|error| Error::environment(format!("cannot run qemu-img: {error}")))?;
     if ran.status.success() {
         return Ok(());
@@ -150,8 +147,18 @@ pub struct Found {
 pub fn find(cwd: &Cwd, name: &str) -> Result<Found> {
     let entry = domain_entries(cwd)?.into_iter().find(|entry| entry.name == name);
     let entry = entry.ok_or_else(|| Error::configuration("kvm.yaml has no such machine").machine(name))?;
-    let dsn = configured_dsn(cwd)?.unwrap_or_else(|| DEFAULT_DSN.to_owned());
-    let described = Virsh::new(&dsn)?.read(&["dumpxml", "--inactive", "--domain", &entry.label]);
+    found(entry, &libvirt(cwd)?)
+}
+
+/// Returns the address of the libvirt of the configuration's machines.
+fn libvirt(cwd: &Cwd) -> Result<String> {
+    Ok(configured_dsn(cwd)?.unwrap_or_else(|| DEFAULT_DSN.to_owned()))
+}
+
+/// Finds the machine of an entry.
+fn found(entry: DomainEntry, dsn: &str) -> Result<Found> {
+    let name = &entry.name;
+    let described = Virsh::new(dsn)?.read(&["dumpxml", "--inactive", "--domain", &entry.label]);
     let by_hand = "Remove its entry from kvm.yaml by hand, and its domain by `virsh undefine`";
     let described = described.map_err(|error| error.machine(name).default_advice(by_hand))?;
     let described = import::Domain::read(&described)?;
@@ -161,14 +168,15 @@ pub fn find(cwd: &Cwd, name: &str) -> Result<Found> {
     let info = Info::read(folder).map_err(|error| foreign().detail(error.reason()))?;
     let own = info.machine.domain.clone();
     let own = own.filter(|own| own.uuid == described.uuid && own.label == entry.label).ok_or_else(foreign)?;
-    let domain = Domain { dsn, snapshot: entry.snapshot.unwrap_or_default(), ..own };
+    let domain = Domain { dsn: dsn.to_owned(), snapshot: entry.snapshot.unwrap_or_default(), ..own };
     Ok(Found { folder: folder.to_owned(), info, domain })
 }
 
 /// Finds the machines of the configuration that `machine create` has made, until libvirt does not answer.
 pub fn all_found(cwd: &Cwd) -> impl Iterator<Item = Found> {
-    let entries = domain_entries(cwd).unwrap_or_default().into_iter();
-    let found = entries.map(|entry| find(cwd, &entry.name));
+    let configured = libvirt(cwd).and_then(|dsn| Ok((dsn, domain_entries(cwd)?)));
+    let (dsn, entries) = configured.unwrap_or_default();
+    let found = entries.into_iter().map(move |entry| found(entry, &dsn));
     found.take_while(|found| !matches!(found, Err(error) if error.kind() == ErrorKind::Timeout)).flatten()
 }
 
@@ -236,21 +244,16 @@ pub fn expect_off(domain: &Domain) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
     fn overlay_has_the_size_of_the_disk_below_it() {
         let folder = tempfile::tempdir().unwrap();
         let (base, overlay) = (folder.path().join("base, 1"), folder.path().join("disk.qcow2"));
-        let mut header = vec![0; 32];
-        header[24..32].copy_from_slice(&(7_u64 << 20).to_be_bytes());
-        fs::write(&base, header).unwrap();
+        let mut make = machinery::command("qemu-img");
+        assert!(make.args(["create", "-q", "-f", "qcow2"]).arg(&base).arg("7M").status().unwrap().success());
         make_overlay(&base, &overlay).unwrap();
-        let (mut size, file) = ([0; 8], File::open(&overlay).unwrap());
-        file.read_exact_at(&mut size, SIZE_AT).unwrap();
-        assert_eq!(u64::from_be_bytes(size), 7 << 20);
+        assert_eq!(Header::read(&overlay).unwrap().unwrap().size, 7 << 20);
         assert!(make_overlay(&folder.path().join("none"), &overlay).is_err());
     }
 }
