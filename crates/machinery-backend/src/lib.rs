@@ -69,7 +69,9 @@ pub use intake::{Copying, Intake};
 pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use memory_file::MemoryFile;
 pub use output::Output;
-pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
+pub use overlay::{
+    ImageFile, OverlayTemplates, Overlays, expect_overlay_folder, overlay_path, remove_overlays,
+};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
 pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::{ImageFiles, QemuImg};

@@ -13,8 +13,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Result};
-use machinery_images::{Chain, FileId, probe_format};
+use machinery_images::{Chain, FileId, Header, probe_format};
+use rustix::fs::{Access, access};
 
 use crate::files::remove;
 use crate::qemu_img::{ImageFiles, QemuImg};
@@ -41,6 +43,24 @@ pub fn overlay_path(first: &Path, n: usize) -> PathBuf {
         name = format!("{name}.{}", part(first.extension()));
     }
     first.with_file_name(name)
+}
+
+/// Checks that only trusted users, and this one, can create overlays in the folder.
+///
+/// # Errors
+/// It is no folder; this user may not write there, or others may.
+pub fn expect_overlay_folder(folder: &Path) -> Result<()> {
+    if !folder.is_dir() {
+        return Err(Error::environment(format!("{} is not a folder", folder.display()))
+            .advice("Create it, or correct the path"));
+    }
+    expect_trusted(folder)?;
+    if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_ok() {
+        return Ok(());
+    }
+    let reason = format!("the folder {} is not writable for this user", folder.display());
+    Err(Error::environment(reason)
+        .advice("Disposable disks are made there: change its permissions, or set disposable_copy_dir"))
 }
 
 /// The overlays of one run, in the order of the machine's images. Dropping the value deletes them, unless the
@@ -103,9 +123,19 @@ pub fn remove_overlays(first: &Path) -> Result<()> {
 
 /// The empty overlays of a machine's images, each created once.
 #[derive(Debug, Default)]
-pub struct OverlayTemplates(Mutex<HashMap<ImageFile, Arc<OverlayTemplate>>>);
+pub struct OverlayTemplates {
+    known: Mutex<HashMap<ImageFile, Arc<OverlayTemplate>>>,
+    /// True if `qemu-img` does not open qcow2 images.
+    unread: bool,
+}
 
 impl OverlayTemplates {
+    /// Returns templates for whose creation `qemu-img` does not open qcow2 images: a run may have written to one, or it
+    /// belongs to a user that the program is not.
+    pub fn of_unread_images() -> OverlayTemplates {
+        OverlayTemplates { unread: true, ..OverlayTemplates::default() }
+    }
+
     /// Creates an overlay of each image, the first one at `first`. Overlays of an earlier run are replaced.
     ///
     /// # Errors
@@ -135,11 +165,11 @@ impl OverlayTemplates {
         deadline: Deadline,
     ) -> Result<Arc<OverlayTemplate>> {
         let of = file_id(&image.path)?;
-        let mut known = lock(&self.0);
+        let mut known = lock(&self.known);
         if let Some(template) = known.get(image).filter(|template| template.of == of) {
             return Ok(Arc::clone(template));
         }
-        let template = Arc::new(OverlayTemplate::make(qemu_img, image, of, path, deadline)?);
+        let template = Arc::new(OverlayTemplate::make(qemu_img, image, self.unread, of, path, deadline)?);
         known.insert(image.clone(), Arc::clone(&template));
         Ok(template)
     }
@@ -156,21 +186,32 @@ fn file_id(path: &Path) -> Result<FileId> {
     FileId::of(path).map_err(failed)
 }
 
-/// Creates an overlay with `qemu-img`.
-fn create(qemu_img: &QemuImg, image: &ImageFile, path: &Path, deadline: Deadline) -> Result<Overlay> {
+/// Creates an overlay with `qemu-img`, which does not open a qcow2 image that is `unread`.
+fn create(
+    qemu_img: &QemuImg,
+    image: &ImageFile,
+    unread: bool,
+    path: &Path,
+    deadline: Deadline,
+) -> Result<Overlay> {
     remove(path)?;
     let probe =
         || probe_format(&image.path).map_err(|error| Error::io("open the image", &image.path, &error));
     let format = image.format.as_deref().map_or_else(probe, Ok)?;
     // Dropping this on failure deletes the incomplete file.
     let new = Overlay { path: path.to_owned(), keep: false };
-    let options =
-        ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", format, "-b"];
+    let header = if unread { Header::read(&image.path)? } else { None };
+    let mut options = "lazy_refcounts=on,cluster_size=2M".to_owned();
+    if let Some(header) = &header {
+        options = format!("{options},size={}", header.size);
+    }
+    let unsafely = header.as_ref().map(|_| "-u");
+    let arguments = ["create", "-q", "-f", "qcow2", "-o", &options, "-F", format].into_iter().chain(unsafely);
     let what = format!("make an overlay of {} at {}", image.path.display(), path.display());
-    let args = options.into_iter().map(OsStr::new).chain([image.path.as_os_str(), path.as_os_str()]);
+    let args = arguments.chain(["-b"]).map(OsStr::new).chain([image.path.as_os_str(), path.as_os_str()]);
     // The program may write to this file, and make no other.
     File::create_new(path).map_err(|error| Error::io("make the overlay", path, &error))?;
-    let read = Chain::of(&image.path, Some(format))?.files;
+    let read = if header.is_some() { Vec::new() } else { Chain::of(&image.path, Some(format))?.files };
     let files = ImageFiles { read, written: vec![path.to_owned()] };
     qemu_img.run(&what, args, files, deadline).map_err(|error| {
         deadline.check("qemu-img to make the overlay").err().unwrap_or_else(|| error.advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
@@ -196,11 +237,12 @@ impl OverlayTemplate {
     fn make(
         qemu_img: &QemuImg,
         image: &ImageFile,
+        unread: bool,
         of: FileId,
         path: &Path,
         deadline: Deadline,
     ) -> Result<OverlayTemplate> {
-        let made = create(qemu_img, image, path, deadline)?;
+        let made = create(qemu_img, image, unread, path, deadline)?;
         let content = fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
         let used = |(number, block): (usize, &[u8])| {
             let at = (number * BLOCK) as u64;

@@ -4,12 +4,14 @@
 //! files of its call, and nothing else.
 
 use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use machinery::{Deadline, Error, Result};
 use serde_json::Value;
 
-use crate::jail::{Jail, JailMode, Policy};
+use crate::jail::{Jail, JailMode, Policy, User};
 use crate::process;
 
 /// The program `qemu-img`.
@@ -17,6 +19,8 @@ use crate::process;
 pub struct QemuImg {
     program: PathBuf,
     jail: JailMode,
+    /// The user of the program; `None` is this process's own.
+    user: Option<User>,
 }
 
 /// The files that a call may open.
@@ -31,7 +35,7 @@ pub struct ImageFiles {
 impl QemuImg {
     /// Uses the program at that path, or of that name.
     pub fn new(program: impl Into<PathBuf>) -> Self {
-        QemuImg { program: program.into(), jail: JailMode::Auto }
+        QemuImg { program: program.into(), jail: JailMode::Auto, user: None }
     }
 
     /// Uses the program with another jail.
@@ -39,6 +43,18 @@ impl QemuImg {
     pub fn with_jail(mut self, jail: JailMode) -> Self {
         self.jail = jail;
         self
+    }
+
+    /// Runs the program as the owner of that file, if this process is root. In its jail, root has no right to files of
+    /// others.
+    ///
+    /// # Errors
+    /// The file is missing.
+    pub fn as_owner_of(mut self, file: &Path) -> Result<Self> {
+        let about = fs::metadata(file).map_err(|error| Error::io("look at", file, &error))?;
+        self.user =
+            (about.uid() != 0).then(|| User { uid: about.uid(), gid: about.gid(), groups: Vec::new() });
+        Ok(self)
     }
 
     /// Returns the path or the name of the program.
@@ -59,7 +75,8 @@ impl QemuImg {
         deadline: Deadline,
     ) -> Result<Vec<u8>> {
         let policy = Policy { read: files.read, write: files.written, ..Policy::default() };
-        let mut command = Jail::of_a_tool(self.jail).confine(policy)?.command(&self.program, Vec::new())?;
+        let jail = Jail::of_a_tool(self.jail).with_user(self.user.clone());
+        let mut command = jail.confine(policy)?.command(&self.program, Vec::new())?;
         command.args(args);
         let output = process::output(command, deadline)?;
         if output.status.success() {

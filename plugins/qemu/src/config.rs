@@ -21,7 +21,6 @@ mod validator;
 mod wanted;
 
 pub use machine_files::{Isolation, MachineFiles};
-pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
 

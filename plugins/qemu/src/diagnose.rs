@@ -7,10 +7,10 @@ use std::path::Path;
 
 use machinery::config::find_interface;
 use machinery::{Error, Result};
-use machinery_backend::ImageFile;
+use machinery_backend::{ImageFile, expect_overlay_folder};
 use machinery_images::Header;
 
-use crate::config::{MachineFiles, expect_overlay_folder};
+use crate::config::MachineFiles;
 use crate::isolation::{expect_isolated, expect_own_files};
 use crate::snapshot::Snapshot;
 

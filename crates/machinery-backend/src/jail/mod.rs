@@ -125,6 +125,15 @@ impl Jail {
         Jail { mode, host: HostSupport::find().clone(), user: Err(NOT_A_MACHINE.to_owned()), cgroup }
     }
 
+    /// Returns the jail with the user of its processes, if this host can give them one.
+    #[must_use]
+    pub fn with_user(mut self, user: Option<User>) -> Jail {
+        if let Some(user) = user.filter(|_| self.host.kernel.root) {
+            self.user = Ok(user);
+        }
+        self
+    }
+
     /// Returns the user of the machine's processes, if this host can give the machine one of its own.
     pub fn user(&self) -> Option<&User> {
         self.user.as_ref().ok()

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Machines, expect_interface};
 use machinery::trust::expect_trusted;
-use machinery::{Error, MachineInfo, Result};
-use machinery_backend::cell;
+use machinery::{Error, MachineInfo};
+use machinery_backend::{cell, expect_overlay_folder};
 use rustix::fs::{Access, access};
 
 use super::keys::OwnKeys;
@@ -104,10 +104,7 @@ impl Validator<'_> {
 
     /// Checks that overlays can be made in the folder, and that no other user could put a link in their place.
     pub fn overlay_folder(&mut self, key: &[&str], folder: &Path) {
-        if !folder.is_dir() {
-            let reason = format!("{} is not a folder", folder.display());
-            self.problem(key, reason, "Create it, or correct the path");
-        } else if let Err(error) = expect_overlay_folder(folder) {
+        if let Err(error) = expect_overlay_folder(folder) {
             self.about(key, &error);
         }
     }
@@ -221,18 +218,4 @@ fn info_of(
         clone_of: wanted.clone_of.clone(),
         ..info
     }
-}
-
-/// Checks that only trusted users, and this one, can create overlays in the folder.
-///
-/// # Errors
-/// This user may not write there, or others may.
-pub fn expect_overlay_folder(folder: &Path) -> Result<()> {
-    expect_trusted(folder)?;
-    if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_ok() {
-        return Ok(());
-    }
-    let reason = format!("the folder {} is not writable for this user", folder.display());
-    Err(Error::environment(reason)
-        .advice("Disposable disks are made there: change its permissions, or set disposable_copy_dir"))
 }
