@@ -1,4 +1,4 @@
-//! Access of QEMU's user to `/dev/kvm`.
+//! Access of QEMU's user to `/dev/kvm`, and to the disks.
 //!
 //! If the device exists and that user may not open it, domains of type `kvm` do not start. libvirt then also
 //! probes QEMU again at each of its starts, which takes seconds.
@@ -6,9 +6,12 @@
 //! libvirt names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model `dac`). Source: libvirt's
 //! docs/formatcaps.rst and src/qemu/qemu_capabilities.c.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use machinery::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::description::label_of_qemu;
 
@@ -39,8 +42,12 @@ impl Permissions {
 
     /// Reports whether the user may read and write the file; `groups` are its further groups.
     pub fn allow(self, user: User, groups: &[u32]) -> bool {
+        self.bits(user, groups) & 0o6 == 0o6
+    }
+
+    fn bits(self, user: User, groups: &[u32]) -> u32 {
         let bits = if user.uid == 0 {
-            0o6
+            0o7
         } else if user.uid == self.uid {
             self.mode >> 6
         } else if user.gid == self.gid || groups.contains(&self.gid) {
@@ -48,7 +55,88 @@ impl Permissions {
         } else {
             self.mode
         };
-        bits & 0o6 == 0o6
+        bits & 0o7
+    }
+}
+
+/// The access of QEMU's user to files that it only has to read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// It may read all of them, and write to none; or it is root.
+    Reads,
+    /// It may write to this one, or owns it and so can allow itself that.
+    Writes(PathBuf),
+    /// It may not read this one.
+    None(PathBuf),
+}
+
+impl Access {
+    /// Returns the user's access to all these files.
+    pub fn of(user: User, files: Vec<PathBuf>) -> Access {
+        let groups = user.all_groups();
+        let mut access = Access::Reads;
+        for file in files {
+            let Some((found, bits)) = Permissions::of(&file).map(|found| (found, found.bits(user, &groups)))
+            else {
+                return Access::None(file);
+            };
+            if bits & 0o4 == 0 {
+                return Access::None(file);
+            }
+            if user.uid != 0 && (bits & 0o2 != 0 || found.uid == user.uid) {
+                access = Access::Writes(file);
+            }
+        }
+        access
+    }
+}
+
+/// The owner of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileOwner {
+    path: PathBuf,
+    uid: u32,
+    gid: u32,
+}
+
+impl FileOwner {
+    /// Returns the present owner of the file.
+    ///
+    /// # Errors
+    /// The file is missing.
+    pub fn of(path: PathBuf) -> io::Result<FileOwner> {
+        let about = fs::metadata(&path)?;
+        Ok(FileOwner { uid: about.uid(), gid: about.gid(), path })
+    }
+
+    /// Gives the file back to this owner, if it has another one by now.
+    ///
+    /// # Errors
+    /// The file is missing; this process is not root.
+    pub fn give_back(&self) -> Result<()> {
+        let given = FileOwner::of(self.path.clone()).and_then(|now| match now == *self {
+            true => Ok(()),
+            false => chown(&self.path, Some(self.uid), Some(self.gid)),
+        });
+        given.map_err(|error| Error::io("give back to its owner", &self.path, &error))
+    }
+}
+
+impl User {
+    /// Returns the folder above the file, or above such a folder, that the user may not enter.
+    pub fn closed_folder(self, file: &Path) -> Option<&Path> {
+        let groups = self.all_groups();
+        let is_closed = |folder: &&Path| {
+            Permissions::of(folder).is_some_and(|found| found.bits(self, &groups) & 0o1 == 0)
+        };
+        file.ancestors().skip(1).find(is_closed)
+    }
+
+    /// Returns the further groups of a user of this computer.
+    fn all_groups(self) -> Vec<u32> {
+        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let group = fs::read_to_string("/etc/group").unwrap_or_default();
+        name_of(self.uid, &passwd).map(|name| groups_of(name, &group)).unwrap_or_default()
     }
 }
 
@@ -81,6 +169,7 @@ pub fn groups_of(name: &str, group: &str) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     const QEMU: User = User { uid: 64055, gid: 64055 };
 
@@ -103,6 +192,41 @@ mod tests {
         assert!(device(64055, 0o660).allow(QEMU, &[]));
         assert!(!device(64055, 0o606).allow(QEMU, &[]));
         assert!(device(0, 0o600).allow(User { uid: 0, gid: 0 }, &[]));
+    }
+
+    #[test]
+    fn access_is_that_to_the_most_and_the_least_open_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |mode: u32| {
+            let path = folder.path().join(format!("{mode:o}"));
+            fs::write(&path, "").unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        let (read, written, hidden) = (file(0o644), file(0o646), file(0o600));
+        let own = User { uid: Permissions::of(&read).unwrap().uid, gid: 1 };
+        let access = |user, files: &[&PathBuf]| Access::of(user, files.iter().copied().cloned().collect());
+        assert_eq!(access(QEMU, &[&read]), Access::Reads);
+        assert_eq!(access(QEMU, &[&read, &written]), Access::Writes(written.clone()));
+        assert_eq!(access(QEMU, &[&written, &hidden]), Access::None(hidden.clone()));
+        let none = folder.path().join("none");
+        assert_eq!(access(QEMU, &[&none]), Access::None(none.clone()));
+        let of_owner = if own.uid == 0 { Access::Reads } else { Access::Writes(hidden.clone()) };
+        assert_eq!(access(own, &[&hidden]), of_owner);
+    }
+
+    #[test]
+    fn folder_is_closed_when_the_user_may_not_enter_it() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o711)).unwrap();
+        let inner = folder.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        let file = inner.join("file");
+        for (mode, closed) in [(0o711, None), (0o700, Some(inner.as_path()))] {
+            fs::set_permissions(&inner, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(QEMU.closed_folder(&file), closed);
+        }
+        assert_eq!(User { uid: 0, gid: 0 }.closed_folder(&file), None);
     }
 
     #[test]

@@ -12,9 +12,9 @@ use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, 
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use crate::access::{self, KVM_DEVICE, Permissions};
+use crate::access::{self, Access, KVM_DEVICE, Permissions};
 use crate::compare;
-use crate::config::{Config, renamed_keys_of};
+use crate::config::{Config, Keys, renamed_keys_of};
 use crate::confinement;
 use crate::connection::Connection;
 use crate::console;
@@ -67,6 +67,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
         warnings.for_each(|warning| report.warning(warning));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
         infos.iter().for_each(|info| check_machine(connect, info, &file, &state_dir, &mut report));
+        let overlaid = config.machines.iter().filter(|keys| !keys.image.is_off());
+        let found = overlaid.filter_map(|keys| overlay_warnings(connect, keys)).flatten();
+        found.for_each(|warning| report.warning(warning));
         compare::shared_disks(connect, &infos).iter().for_each(|problem| report.problem(problem));
         Ok(report)
     });
@@ -99,7 +102,10 @@ fn check_machine(
         Ok((State::Poweroff, _)) => {
             foreign::finding(name, &domain, state_dir).into_iter().for_each(|work| report.warning(work));
         }
-        Ok((State::Paused, _)) if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) => {
+        // libvirt's reason for a domain that was restored from a save image is a migration.
+        Ok((State::Paused | State::Error, _))
+            if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) =>
+        {
             report.good(format!("machine '{name}': it has a standby for its next restore"));
         }
         Ok((state, why)) => report.warning(format!(
@@ -119,8 +125,8 @@ fn file_problems(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
     }
-    let described = domain::described(domain);
-    described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
+    let defined = domain::defined(domain);
+    defined.map_or_else(|error| vec![error], |defined| files::problems(&defined, snapshot))
 }
 
 /// Diagnoses one machine: its domain, its snapshot, and the files of both.
@@ -230,6 +236,42 @@ fn check_access(connect: &Connect, dsn: &str, report: &mut Report) {
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     ));
+}
+
+/// Returns the warnings about a machine whose runs use overlays: QEMU's user may write to a disk below them nevertheless, or
+/// may not reach the overlays.
+fn overlay_warnings(connect: &Connect, keys: &Keys) -> Option<Vec<String>> {
+    let domain = domain::domain(connect, &keys.info.label).ok()?;
+    let snapshot = snapshot::find(&domain, keys.info.snapshot.as_deref()).ok()?;
+    // While the domain is on, libvirt may have given its disks to QEMU's user.
+    let is_off = domain::state(&domain).ok()?.0 == State::Poweroff;
+    let source = keys.image.source(&domain, &snapshot).ok().filter(|_| is_off)?;
+    let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
+    let (name, uid) = (&keys.info.name, user.uid);
+    let writable = match source.access(user).ok()? {
+        Access::Reads => None,
+        Access::Writes(file) => Some(format!(
+            "machine '{name}': QEMU's user (number {uid}) may write to {}. A run only reads that file, but code that has \
+             escaped from the guest could write to it. Let another user own it, and QEMU's user only read it (chown root, \
+             chmod 644)",
+            file.display()
+        )),
+        Access::None(file) => Some(format!(
+            "machine '{name}': QEMU's user (number {uid}) may not read {}, so libvirt gives the machine's disks to that user \
+             during each run. A run only reads them, but code that has escaped from the guest could write to them then. Let \
+             QEMU's user read the file (chmod o+r)",
+            file.display()
+        )),
+    };
+    let (_, overlay) = source.overlays.first()?;
+    let unreachable = user.closed_folder(overlay).map(|folder| {
+        format!(
+            "machine '{name}': its overlays are made below {}, which QEMU's user (number {uid}) may not enter, so the domain \
+             does not start with them. Open that folder (chmod o+x), or set another disposable_copy_dir",
+            folder.display()
+        )
+    });
+    Some([writable, unreachable].into_iter().flatten().collect())
 }
 
 #[cfg(test)]

@@ -100,11 +100,11 @@ pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> 
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
     }
-    let described = |info: &&MachineInfo| {
+    let defined = |info: &&MachineInfo| {
         let domain = domain::domain(connect, &info.label).ok()?;
-        Some((info.name.clone(), domain::described(&domain).ok()?))
+        Some((info.name.clone(), domain::defined(&domain).ok()?))
     };
-    shared(&machines.iter().filter_map(described).collect::<Vec<_>>())
+    shared(&machines.iter().filter_map(defined).collect::<Vec<_>>())
 }
 
 fn shared(machines: &[(String, Description)]) -> Vec<Error> {

@@ -11,7 +11,7 @@ use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, renamed_keys, text,
 };
 use machinery::{Error, MachineInfo, Result, Setup};
-use machinery_backend::{MachineKeys, Standby};
+use machinery_backend::{MachineKeys, Standby, expect_overlay_folder};
 use serde::Deserialize;
 
 use crate::dsn::{self, is_local};
@@ -33,6 +33,9 @@ struct KvmFile {
     dsn: String,
     #[serde(deserialize_with = "text")]
     interface: String,
+    /// The folder of the overlays. The default is the folder of a domain's first disk.
+    #[serde(default, deserialize_with = "empty_as_none")]
+    disposable_copy_dir: Option<PathBuf>,
     #[serde(default)]
     machines: Machines<OwnKeys>,
 }
@@ -136,7 +139,8 @@ impl Config {
             let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
             let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
             let info = MachineInfo { console: section.has_console(name), ..info };
-            let image = Image::of(name, instant, &instant_dir).of_host(dsn::host(&file.dsn));
+            let overlay = file.overlay_of(&info.label);
+            let image = Image::of(name, instant, &instant_dir, overlay).of_host(dsn::host(&file.dsn));
             Keys { info, standby: section.standby_of(name), image }
         };
         Config {
@@ -158,6 +162,14 @@ impl Config {
 pub fn renamed_keys_of(setup: &Setup) -> Vec<String> {
     let file = setup.host_config.as_ref();
     file.map(|file| renamed_keys(file, &SECTION, &RENAMED)).unwrap_or_default()
+}
+
+impl KvmFile {
+    /// Returns the overlay of a domain's first disk: its path, or only its name if it lies beside that disk. A label is
+    /// unique in libvirt, and a machine's name only in its host.
+    fn overlay_of(&self, label: &str) -> PathBuf {
+        self.disposable_copy_dir.clone().unwrap_or_default().join(format!("{label}_disposable.qcow2"))
+    }
 }
 
 impl Section {
@@ -192,6 +204,16 @@ fn unknown_machines(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) 
     unknown.map(error).collect()
 }
 
+fn unusable_overlay_folder(kvm: &KvmFile, file: &ConfigFile) -> Option<Error> {
+    let folder = kvm.disposable_copy_dir.as_deref()?;
+    let problem = |reason: String| file.error(&["disposable_copy_dir"], reason);
+    if !folder.is_absolute() {
+        let reason = format!("'{}' is not an absolute path", folder.display());
+        return Some(problem(reason).advice("Begin it with a slash"));
+    }
+    expect_overlay_folder(folder).err().map(|error| problem(error.to_string()))
+}
+
 /// Reports all problems of `kvm.yaml`.
 fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
     let mut problems = Vec::new();
@@ -203,6 +225,7 @@ fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
     let is_local = is_local(&kvm.dsn);
     if is_local {
         problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
+        problems.extend(unusable_overlay_folder(kvm, file));
     }
     for machine in kvm.machines.iter() {
         if let Some(interface) = machine.shared.interface.as_ref().filter(|_| is_local) {
@@ -307,6 +330,25 @@ mod tests {
         let text = |dsn: &str| format!("dsn: {dsn}\ninterface: none9\nmachines: {{}}\n");
         assert!(Config::read(&setup(&text("qemu+ssh://lab/system"))).is_ok());
         assert!(Config::read(&setup(&text("qemu:///system"))).is_err());
+    }
+
+    #[test]
+    fn overlays_lie_beside_the_disk_unless_a_folder_is_configured() {
+        let text = |keys: &str| format!("interface: lo\n{keys}machines:\n  a: {{label: y, {MACHINE}}}\n");
+        let with_folder =
+            |folder: &str| Config::read(&setup(&text(&format!("disposable_copy_dir: {folder}\n"))));
+        let overlay = |folder: &str| with_folder(folder).unwrap().machines[0].image.overlay().to_owned();
+        assert_eq!(overlay(""), Path::new("y_disposable.qcow2"));
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(overlay(folder.path().to_str().unwrap()), folder.path().join("y_disposable.qcow2"));
+        for (folder, words) in
+            [("here", "'here' is not an absolute path"), ("/none", "/none is not a folder")]
+        {
+            let text = with_folder(folder).err().unwrap().to_string();
+            assert!(text.contains("kvm.yaml:2: disposable_copy_dir: ") && text.contains(words), "{text}");
+        }
+        let remote = text("dsn: qemu+ssh://lab/system\ndisposable_copy_dir: /none\n");
+        assert!(Config::read(&setup(&remote)).is_ok());
     }
 
     fn setup_with_section(section: &str) -> Setup {

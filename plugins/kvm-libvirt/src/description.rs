@@ -23,6 +23,8 @@ pub struct Description {
     pub firmware: Firmware,
     pub has_tpm: bool,
     pub has_nvdimm: bool,
+    /// True if the guest can write to a folder of the host's.
+    pub has_shared_folder: bool,
     /// The index of the first VNC server among the domain's graphics.
     pub vnc: Option<u32>,
     /// The arguments that the domain adds to QEMU's command line.
@@ -42,6 +44,8 @@ pub struct Disk {
     pub read_only: bool,
     /// True if the disk is for this domain alone, and not encrypted.
     pub is_plain: bool,
+    /// True if its source has no settings of its own, such as a label, and libvirt keeps what is written.
+    pub is_bare: bool,
 }
 
 /// The firmware that boots the guest.
@@ -79,6 +83,8 @@ pub struct SnapshotDescription {
     /// The disks that contain a part of the snapshot, by their names in the domain.
     pub internal_disks: Vec<String>,
     pub domain: Option<Description>,
+    /// A disk of the domain at that time that its definition did not have: the snapshot was taken of a run with overlays.
+    pub overlay: Option<PathBuf>,
 }
 
 impl Description {
@@ -104,9 +110,16 @@ impl Description {
             firmware: Firmware::of(domain),
             has_tpm: all("tpm").next().is_some(),
             has_nvdimm: all("memory").any(|memory| memory.attribute("model").is_some_and(is_nvdimm)),
+            has_shared_folder: all("filesystem").any(|folder| child(folder, "readonly").is_none()),
             vnc: vnc.and_then(|index| u32::try_from(index).ok()),
             arguments: arguments.filter_map(|node| node.attribute("value")).map(str::to_owned).collect(),
         }
+    }
+
+    /// Returns a disk that the guest can write to and that the other description does not have.
+    fn disk_beyond(&self, other: &Description) -> Option<PathBuf> {
+        let mut disks = self.writable_disks().filter_map(|disk| disk.path.as_ref());
+        disks.find(|disk| !other.files.contains(disk)).cloned()
     }
 
     /// Returns the disks that the guest can write to.
@@ -128,10 +141,17 @@ impl Disk {
             target: child(disk, "target").map(|target| attribute(target, "dev")).unwrap_or_default(),
             path: path.map(PathBuf::from),
             format: child(disk, "driver").map(|driver| attribute(driver, "type")).unwrap_or_default(),
-            read_only: child(disk, "readonly").is_some() || disk.attribute("device") == Some("cdrom"),
+            read_only: is_read_only(disk),
             is_plain: child(disk, "shareable").is_none() && !encrypted,
+            is_bare: child(disk, "transient").is_none()
+                && source.is_none_or(|source| !source.children().any(|node| node.is_element())),
         }
     }
+}
+
+/// Reports whether the guest cannot write to the disk.
+pub fn is_read_only(disk: Node) -> bool {
+    child(disk, "readonly").is_some() || disk.attribute("device") == Some("cdrom")
 }
 
 impl Firmware {
@@ -190,7 +210,10 @@ impl SnapshotDescription {
                 _ => {}
             }
         }
+        let domain = child(root, "domain").map(Description::of);
+        let defined = child(root, "inactiveDomain").map(Description::of);
         Ok(SnapshotDescription {
+            overlay: domain.as_ref().zip(defined).and_then(|(domain, defined)| domain.disk_beyond(&defined)),
             created: text("creationTime"),
             // If the description does not mention the memory, a running domain's snapshot includes it.
             has_memory: kept.map_or(!is_without_memory(&state), |kept| kept != "no"),
@@ -198,7 +221,7 @@ impl SnapshotDescription {
             state,
             external,
             internal_disks,
-            domain: child(root, "domain").map(Description::of),
+            domain,
         })
     }
 }
@@ -249,13 +272,18 @@ fn names_a_file(node: Node) -> bool {
     PATH_ELEMENTS.contains(&name) && !is_made || name == "path" && is_in(node, "memory")
 }
 
-fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
+/// Parses a description.
+///
+/// # Errors
+/// The text is no XML.
+pub fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
     Document::parse(xml).map_err(|error| {
         Error::failed(format!("libvirt's description of the {what} cannot be read: {error}"))
     })
 }
 
-fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
+/// Returns the first child of that name.
+pub fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
     node.children().find(|child| child.has_tag_name(name))
 }
 
@@ -325,6 +353,21 @@ mod tests {
         // libvirt creates these variables itself.
         let made = DOMAIN.replace("<nvram format='qcow2'>", "<nvram template='/f/t'>");
         assert!(!Description::read(&made).unwrap().files.contains(&"/f/vars.qcow2".into()));
+    }
+
+    #[test]
+    fn snapshot_has_an_overlay_when_the_definition_of_its_domain_lacks_the_disk() {
+        let domain = |name: &str, disk: &str| {
+            format!("<{name}><devices><disk device='disk'><source file='{disk}'/></disk></devices></{name}>")
+        };
+        let overlay = |parts: &str| {
+            SnapshotDescription::read(&format!("<domainsnapshot>{parts}</domainsnapshot>")).unwrap().overlay
+        };
+        let of_run = domain("domain", "/d/o.qcow2") + &domain("inactiveDomain", "/d/own.qcow2");
+        assert_eq!(overlay(&of_run), Some("/d/o.qcow2".into()));
+        let own = domain("domain", "/d/own.qcow2");
+        assert_eq!(overlay(&(own.clone() + &domain("inactiveDomain", "/d/own.qcow2"))), None);
+        assert_eq!(overlay(&own), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use machinery_backend::refuse;
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
+use virt_sys as sys;
 
 use crate::description::Description;
 use crate::errors::{explain, is_no_domain, is_off};
@@ -59,7 +60,23 @@ pub fn uuid(domain: &Domain) -> Result<String> {
 /// # Errors
 /// libvirt does not answer.
 pub fn described(domain: &Domain) -> Result<Description> {
-    Description::read(&domain.xml_desc(0).map_err(|error| explain("describe the domain", &error))?)
+    Description::read(&xml(domain, 0)?)
+}
+
+/// Returns the domain's description without changes of a run, such as overlays, whose headers a run can rewrite.
+///
+/// # Errors
+/// libvirt does not answer.
+pub fn defined(domain: &Domain) -> Result<Description> {
+    Description::read(&xml(domain, sys::VIR_DOMAIN_XML_INACTIVE)?)
+}
+
+/// Returns the domain's description as text.
+///
+/// # Errors
+/// libvirt does not answer.
+pub fn xml(domain: &Domain, flags: sys::virDomainXMLFlags) -> Result<String> {
+    domain.xml_desc(flags).map_err(|error| explain("describe the domain", &error))
 }
 
 /// Returns the domain's state, with a reason where the state needs one.

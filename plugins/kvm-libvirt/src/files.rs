@@ -12,7 +12,7 @@ use machinery::{Error, Result};
 use machinery_images::{Chain, FileId, Header};
 
 use crate::description::{Description, Disk};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, advice_about_run};
 
 /// Returns the problems of the domain's files that prevent a restore of its snapshot.
 pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error> {
@@ -26,8 +26,12 @@ pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error>
     for (file, by) in named {
         if is_missing(file) && missing.insert(file) {
             let what = format!("the file {}, which {by} names, does not exist", file.display());
-            problems
-                .push(Error::environment(what).advice("Put it back, or correct the domain (`virsh edit`)"));
+            let overlay = snapshot.and_then(|snapshot| snapshot.description.overlay.as_ref());
+            let advice = match overlay.filter(|overlay| *overlay == file) {
+                Some(overlay) => advice_about_run(overlay),
+                None => "Put it back, or correct the domain (`virsh edit`)".to_owned(),
+            };
+            problems.push(Error::environment(what).advice(advice));
         }
     }
     let disks: BTreeSet<_> = [Some(domain), then].into_iter().flatten().flat_map(chained).collect();

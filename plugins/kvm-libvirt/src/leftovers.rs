@@ -27,6 +27,7 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
+use crate::access::FileOwner;
 use crate::domain;
 use crate::errors::{explain, is_no_domain, is_off};
 
@@ -60,6 +61,12 @@ struct Run {
     /// somebody has saved and resumed has another id.
     #[serde(default)]
     resumed: Option<u32>,
+    /// The overlays that the domain writes to. They are removed together with the marker.
+    #[serde(default)]
+    overlays: Vec<PathBuf>,
+    /// The owners of the files below the overlays, if libvirt gives these files to QEMU's user and does not give them back.
+    #[serde(default)]
+    owners: Vec<FileOwner>,
 }
 
 impl RunMarker {
@@ -73,14 +80,43 @@ impl RunMarker {
     /// # Errors
     /// libvirt does not answer; the kernel returns no token.
     pub fn begin(&self, domain: &Domain) -> Result<()> {
+        // A run that was saved has left a marker, and overlays.
+        self.remove();
         self.write(Run {
             uuid: domain::uuid(domain)?,
             token: kernel_id("uuid")?,
             boot: kernel_id("boot_id")?,
             marked: false,
             resumed: None,
+            overlays: Vec::new(),
+            owners: Vec::new(),
         });
         Ok(())
+    }
+
+    /// Records the overlays of the run, before they are made, and the owners to whom the files below them are given back
+    /// after it.
+    pub fn set_overlays(&self, overlays: Vec<PathBuf>, owners: Vec<FileOwner>) {
+        if let Some(run) = self.read() {
+            self.write(Run { overlays, owners, ..run });
+        }
+    }
+
+    /// Returns the overlays of the run.
+    pub fn overlays(&self) -> Vec<PathBuf> {
+        self.read().map(|run| run.overlays).unwrap_or_default()
+    }
+
+    /// Removes the overlays: the domain has been ended, and is started again without them.
+    pub fn remove_overlays(&self) {
+        let Some(run) = self.read().filter(|run| !run.overlays.is_empty()) else { return };
+        for error in run.overlays.iter().filter_map(|overlay| files::remove(overlay).err()) {
+            tracing::warn!(%error, "an overlay remains");
+        }
+        for error in run.owners.iter().filter_map(|owner| owner.give_back().err()) {
+            tracing::warn!(%error, "a disk belongs to QEMU's user now");
+        }
+        self.set_overlays(Vec::new(), Vec::new());
     }
 
     /// Marks the domain, which was started for this run and is paused.
@@ -163,8 +199,9 @@ impl RunMarker {
         machines.map(|name| RunMarker::of(&name, state_dir)).collect()
     }
 
-    /// Removes the marker: the run has ended.
+    /// Removes the marker and the overlays: the run has ended.
     pub fn remove(&self) {
+        self.remove_overlays();
         *lock(&self.run) = None;
         if let Err(error) = files::remove(&self.path) {
             tracing::warn!(%error, "a run marker remains");
@@ -218,7 +255,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let marker = || RunMarker::of("m", folder.path());
         assert!(marker().read().is_none() && !marker().exists());
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true, resumed: None };
+        let run = Run {
+            uuid: "u".into(),
+            token: "t".into(),
+            boot: "b".into(),
+            marked: true,
+            resumed: None,
+            overlays: Vec::new(),
+            owners: Vec::new(),
+        };
         marker().write(run.clone());
         assert_eq!(marker().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
@@ -230,11 +275,44 @@ mod tests {
     #[test]
     fn marker_is_kept_in_memory_when_it_cannot_be_written() {
         let marker = RunMarker::of("m", Path::new("/none"));
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: None };
+        let run = Run {
+            uuid: "u".into(),
+            token: "t".into(),
+            boot: "b".into(),
+            marked: false,
+            resumed: None,
+            overlays: Vec::new(),
+            owners: Vec::new(),
+        };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
         marker.remove();
         assert!(!marker.exists());
+    }
+
+    #[test]
+    fn overlays_are_removed_with_the_marker_and_when_the_next_run_begins() {
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let marker = || RunMarker::of("m", folder.path());
+        let overlay = folder.path().join("m_disposable.qcow2");
+        let domain = started(&connect, "with-overlays");
+        let begin = || {
+            marker().begin(&domain).unwrap();
+            marker().set_overlays(vec![overlay.clone(), folder.path().join("never made")], Vec::new());
+            fs::write(&overlay, "").unwrap();
+        };
+        begin();
+        assert_eq!(marker().overlays().len(), 2, "the next host knows them");
+        marker().begin(&domain).unwrap();
+        assert!(!overlay.exists() && marker().overlays().is_empty());
+        begin();
+        marker().remove_overlays();
+        assert!(!overlay.exists() && marker().overlays().is_empty() && marker().exists());
+        begin();
+        marker().remove();
+        assert!(!overlay.exists() && !marker().exists());
+        domain.destroy().unwrap();
     }
 
     #[test]
@@ -291,7 +369,15 @@ mod tests {
         domain.suspend().unwrap();
         let uuid = domain.uuid_string().unwrap();
         let boot = kernel_id("boot_id").unwrap();
-        let run = Run { uuid, token: "t".into(), boot, marked: false, resumed: None };
+        let run = Run {
+            uuid,
+            token: "t".into(),
+            boot,
+            marked: false,
+            resumed: None,
+            overlays: Vec::new(),
+            owners: Vec::new(),
+        };
         marker.write(run.clone());
         assert!(marker.matches(&domain).unwrap());
         marker.write(Run { boot: "earlier".into(), ..run.clone() });

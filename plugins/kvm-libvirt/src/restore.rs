@@ -3,6 +3,7 @@
 //! Both leave the domain paused, so that the caller can mark it before its guest runs.
 
 use machinery::Result;
+use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
@@ -52,6 +53,16 @@ fn boot_paused(domain: &Domain) -> std::result::Result<(), virt::error::Error> {
         Err(error) if error.code().is(ErrorNumber::InvalidArg) => domain.create(),
         other => other,
     }
+}
+
+/// Boots the domain as `xml` describes it, which is off, and leaves it paused. libvirt's definition of the domain stays,
+/// and so does a managed save.
+///
+/// # Errors
+/// The domain cannot be started.
+pub fn boot_paused_as(connect: &Connect, xml: &str) -> Result<()> {
+    let booted = connect.create_domain_xml(xml, sys::VIR_DOMAIN_START_PAUSED);
+    booted.map(drop).map_err(|error| explain("start the domain", &error))
 }
 
 fn revert_disk(domain: &Domain, wanted: Option<&str>) -> Result<()> {

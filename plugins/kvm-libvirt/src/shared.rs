@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machinery::{Deadline, Host, Result};
-use machinery_backend::Budget;
+use machinery_backend::{Budget, OverlayTemplates};
 
 use crate::config::Config;
 use crate::connection::Connection;
@@ -18,6 +18,8 @@ pub struct Kvm {
     /// The memory for the standbys of all machines.
     pub budget: Arc<Budget>,
     pub images: ImageFolders,
+    /// The empty overlays of the domains' disks.
+    pub overlays: OverlayTemplates,
     pub host: Host,
     state_dir: PathBuf,
 }
@@ -32,7 +34,8 @@ impl Kvm {
         config.image_folder().map_or(Ok(()), |folder| images.open(folder))?;
         let connection = Connection::open(&config.dsn, deadline)?;
         let budget = Budget::new(config.standby_memory_limit);
-        Ok(Kvm { connection, budget, images, host, state_dir: state_dir.to_owned() })
+        let overlays = OverlayTemplates::of_unread_images();
+        Ok(Kvm { connection, budget, images, overlays, host, state_dir: state_dir.to_owned() })
     }
 
     /// Ends the runs of machines that are not configured any more, which no machine adopts.

@@ -5,6 +5,7 @@
 //! disk's qcow2 file, an external one in files beside it. libvirt reverts to external ones from 9.9 on.
 //! Source: libvirt's docs/formatsnapshot.rst and NEWS.rst.
 
+use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Error, Result};
@@ -141,6 +142,9 @@ impl Snapshot {
 
     fn revert_error(&self, error: &virt::error::Error, version: Option<u32>) -> Error {
         let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), error);
+        if let Some(overlay) = &self.description.overlay {
+            return Error::configuration(failed.reason()).advice(advice_about_run(overlay));
+        }
         // Another try would end in the same way.
         let failed = if is_unloadable(error) { Error::configuration(failed.reason()) } else { failed };
         match version {
@@ -166,6 +170,15 @@ impl Snapshot {
     fn version(&self) -> Option<u32> {
         self.snapshot.connect().and_then(|connect| connect.lib_version()).ok()
     }
+}
+
+/// Advises what to do about a snapshot that was taken of a run; `overlay` was a disk of that run.
+pub fn advice_about_run(overlay: &Path) -> String {
+    format!(
+        "It was taken of a run with the disk {}, and an overlay is removed at the end of its run. Name another snapshot in \
+         kvm.yaml, or delete this one with `virsh snapshot-delete`",
+        overlay.display()
+    )
 }
 
 /// Returns the reason why this libvirt cannot revert to the snapshot, if it cannot.
@@ -315,6 +328,18 @@ mod tests {
         let test = TestDomain::new("snapshot-version");
         let snapshot = describe(test.take_snapshot("s")).unwrap();
         assert_eq!(snapshot.version(), Some(test.connect.lib_version().unwrap()));
+    }
+
+    #[test]
+    fn revert_error_has_advice_when_the_snapshot_was_taken_of_a_run() {
+        let test = TestDomain::new("snapshot-of-run");
+        test.start();
+        let mut snapshot = describe(test.take_snapshot("r")).unwrap();
+        let text = |snapshot: &Snapshot| snapshot.revert_error(&any_error(&test.domain), None).to_string();
+        assert!(!text(&snapshot).contains("snapshot-delete"));
+        snapshot.description.overlay = Some("/d/o.qcow2".into());
+        let text = text(&snapshot);
+        assert!(text.contains("disk /d/o.qcow2") && text.contains("virsh snapshot-delete"), "{text}");
     }
 
     #[test]

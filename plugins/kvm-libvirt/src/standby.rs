@@ -1,12 +1,12 @@
-//! The standby: a domain that is reverted to its snapshot and paused, so that its memory is loaded and a restore
-//! only resumes it.
+//! The standby: a domain that is restored from its save image, or reverted to its snapshot, and paused. So its memory is
+//! loaded, and a restore only resumes it.
 //!
 //! Meanwhile the domain and its snapshot may change. libvirt reports changes of a domain by events, as long as
 //! the connection is the same. It reports no changes of snapshots: no event says that one was deleted, taken
 //! again or made the current one. So a restore checks, and resumes the domain only if
 //!
 //! - the domain still has the id that it had, so it is the same QEMU;
-//! - it is still paused by the revert, so nobody has resumed it;
+//! - it is still paused by that, so nobody has resumed it;
 //! - the snapshot to restore has the name and the time of creation of the standby's snapshot;
 //! - no file that the domain names, or that its disks are based on, was changed or replaced.
 //!
@@ -92,9 +92,7 @@ impl Fingerprint {
         let domain = connect
             .lookup_domain_by_id(self.id)
             .map_err(|error| explain("find the standby's domain", &error))?;
-        if domain.name().ok().as_deref() != Some(label)
-            || !domain::is_paused(&domain, DomainPausedReason::FromSnapshot)?
-        {
+        if domain.name().ok().as_deref() != Some(label) || !is_loaded(&domain)? {
             return Err(Error::unexpected_state("somebody has resumed or replaced the standby"));
         }
         let now = snapshot::find(&domain, wanted)?.identity;
@@ -108,6 +106,12 @@ impl Fingerprint {
         self.files.as_ref().map_or(Ok(()), files::Identity::expect_unchanged)?;
         Ok(domain)
     }
+}
+
+/// Reports whether the domain is paused since it was restored from a save image, or reverted.
+fn is_loaded(domain: &Domain) -> Result<bool> {
+    Ok(domain::is_paused(domain, DomainPausedReason::Migration)?
+        || domain::is_paused(domain, DomainPausedReason::FromSnapshot)?)
 }
 
 /// Returns the memory that the running domain uses, in bytes, where libvirt knows it.

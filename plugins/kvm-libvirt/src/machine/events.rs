@@ -48,9 +48,7 @@ impl Machine {
     /// ended by itself is closed before the report: its receiver may use the machine at once.
     /// The end of a stopped run is reported first, so that the stop does not return before the report.
     fn on_end(&self, operation: Operation, report: StateReport) {
-        if operation != Operation::Starting {
-            self.close_run();
-        }
+        self.close_run_unless_starting();
         if operation == Operation::Stopping {
             self.report(operation, report);
             self.signal_end();
@@ -207,6 +205,20 @@ mod tests {
         assert!(lab.machine.has_run() && lab.machine.marker.exists(), "the start handles the end of its run");
         assert_eq!(lab.host.changes(), []);
         drop(starting);
+    }
+
+    /// The event was read before the start began.
+    #[test]
+    fn late_end_of_an_earlier_run_does_not_close_the_start_that_has_begun() {
+        let lab = MachineLab::new("events-late");
+        let starting = lab.machine.begin(Operation::Starting, soon()).unwrap();
+        lab.machine.begin_marker(&lab.domain.domain).unwrap();
+        lab.machine.lock().has_run = true;
+        lab.machine.on_end(Operation::Idle, (State::Poweroff, String::new()));
+        assert!(lab.machine.marker.exists() && lab.machine.has_run());
+        drop(starting);
+        lab.machine.on_end(Operation::Idle, (State::Poweroff, String::new()));
+        assert!(!lab.machine.marker.exists() && !lab.machine.has_run());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A machine's save image: its creation ahead of a restore, and restores from it.
+//! A machine's save image: its creation ahead of a restore, and starts from it, each on new overlays.
 
 use std::time::{Duration, Instant};
 
@@ -6,11 +6,13 @@ use machinery::{Deadline, Error, Result};
 use machinery_backend::{Cancellation, PrepareOrigin};
 use virt::connect::Connect;
 use virt::domain::Domain;
+use virt_sys as sys;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
+use super::prepare::Outcome;
 use crate::domain;
 use crate::foreign::remove_managed_save;
-use crate::prepare::Source;
+use crate::prepare::{Owner, Source};
 use crate::restore::{self, Start};
 use crate::snapshot::{self, Snapshot};
 
@@ -18,6 +20,11 @@ use crate::snapshot::{self, Snapshot};
 const MAX_CANCELLED_IMAGES: u32 = 3;
 /// A restore from an image that timed out and took longer than this is slower than a revert.
 const MAX_IMAGE_RESTORE: Duration = Duration::from_secs(60);
+
+/// Returns the outcome that the next run has no overlays.
+fn own_disk(why: &str) -> Outcome {
+    Outcome::Unavailable(format!("runs write to the domain's own disk: {why}"))
+}
 
 impl Machine {
     /// Starts the domain from its snapshot: from a valid save image if there is one, else by a revert.
@@ -27,44 +34,73 @@ impl Machine {
         domain: &Domain,
         cancellation: &Cancellation,
     ) -> Result<()> {
-        if !self.keys.image.is_off() && self.keys.image.exists() {
-            let snapshot = snapshot::find(domain, self.wanted_snapshot())?;
-            if let Some(source) = self.valid_source(domain, &snapshot) {
-                let begun = Instant::now();
-                match self.restore_from_image(connect, &source, &snapshot) {
-                    Ok(()) => return Ok(()),
-                    Err(error) if cancellation.is_cancelled() => {
-                        if begun.elapsed() > MAX_IMAGE_RESTORE {
-                            // The next restore reverts, which may be faster.
-                            self.keys.image.remove();
-                            self.disable_images("a restore from its image took too long");
-                        }
-                        return Err(error);
+        if let Some((source, snapshot)) = self.valid_source(domain) {
+            let begun = Instant::now();
+            match self.restore_from_image(connect, &source, &snapshot) {
+                Ok(()) => return Ok(()),
+                Err(error) if cancellation.is_cancelled() => {
+                    if begun.elapsed() > MAX_IMAGE_RESTORE {
+                        // The next restore reverts, which may be faster.
+                        self.keys.image.remove();
+                        self.disable_images("a restore from its image took too long");
                     }
-                    Err(error) => self.image_failed(domain, &error)?,
+                    return Err(error);
                 }
+                Err(error) => self.image_failed(domain, &error)?,
             }
         }
         let revert = || restore::start_paused(domain, self.wanted_snapshot(), Start::Restored);
         self.steps().timed("revert", revert)
     }
 
-    /// Returns the image's source, if that is the present snapshot and domain.
-    fn valid_source(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
-        let source = self.keys.image.source(domain, snapshot);
-        let valid = source.ok().filter(|source| self.keys.image.has_origin(source));
+    /// Boots the domain with the disks of the snapshot, and with overlays over them if there is a valid save image.
+    pub(super) fn start_cold(&self, connect: &Connect, domain: &Domain) -> Result<()> {
+        let Some((source, snapshot)) = self.valid_source(domain) else {
+            let boot = || restore::start_paused(domain, self.wanted_snapshot(), Start::Cold);
+            return self.steps().timed("boot", boot);
+        };
+        let owner = source.owner(connect)?;
+        let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?;
+        let xml = source.overlaid(&xml, owner)?;
+        self.make_overlays(&source, &snapshot, owner)?;
+        self.steps().timed("boot", || restore::boot_paused_as(connect, &xml))
+    }
+
+    /// Returns the image's source and its snapshot, if those are the present ones. `None` if there is no valid image.
+    fn valid_source(&self, domain: &Domain) -> Option<(Source, Snapshot)> {
+        if self.keys.image.is_off() || !self.keys.image.exists() {
+            return None;
+        }
+        let snapshot = snapshot::find(domain, self.wanted_snapshot()).ok();
+        let found = snapshot.and_then(|snapshot| {
+            let source = self.keys.image.source(domain, &snapshot).ok()?;
+            Some((source, snapshot))
+        });
+        let valid = found.filter(|(source, _)| self.keys.image.has_origin(source));
         if valid.is_none() {
             tracing::warn!(
                 machine = self.name(),
-                "its save image is of another snapshot or domain, and not used"
+                "its save image is of another snapshot or domain, and not used: the run writes to the domain's disk"
             );
         }
         valid
     }
 
     fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
-        self.steps().timed("disk", || source.revert_disks(snapshot))?;
+        self.make_overlays(source, snapshot, self.keys.image.owner(source))?;
         self.steps().timed("load", || self.keys.image.restore(connect))
+    }
+
+    /// Makes the overlays of a run, over disks at the snapshot. The marker has them first, so that no host leaves one
+    /// behind.
+    fn make_overlays(&self, source: &Source, snapshot: &Snapshot, owner: Owner) -> Result<()> {
+        let owners = if owner == Owner::Qemu { source.owners()? } else { Vec::new() };
+        self.marker
+            .set_overlays(source.overlays.iter().map(|(_, overlay)| overlay.clone()).collect(), owners);
+        self.steps().timed("disk", || {
+            self.keys.image.revert_disks(source, snapshot)?;
+            source.make_overlays(&self.shared.overlays)
+        })
     }
 
     /// Removes an image that failed. This host makes no other one.
@@ -75,6 +111,8 @@ impl Machine {
         if ended {
             self.wait_for_end(before, Deadline::after(END_EVENT_TIMEOUT));
         }
+        // The revert that follows uses the domain's own disks.
+        self.marker.remove_overlays();
         self.keys.image.remove();
         self.disable_images(&format!("its save image has failed: {error}"));
         Ok(())
@@ -85,40 +123,34 @@ impl Machine {
         self.lock().image_disabled = Some(why.to_owned());
     }
 
-    /// Makes an image unless there is a valid one, and reports the machine's readiness; `why` is the reason
-    /// why there is no standby.
+    /// Makes an image unless there is a valid one; returns the reason if there is none. The domain is off.
     pub(super) fn prepare_image(
         &self,
         connect: &Connect,
+        domain: &Domain,
         origin: PrepareOrigin,
         cancellation: &Cancellation,
-        why: &str,
-    ) -> Result<()> {
-        let domain = domain::domain(connect, self.label())?;
-        self.clear_leftover(&domain)?;
-        domain::ensure_off(&domain)?;
-        let (snapshot, source) = match self.image_source(&domain) {
+    ) -> Result<Outcome> {
+        let (snapshot, source) = match self.image_source(domain) {
             Ok(found) => found,
-            Err(no_image) => {
+            Err(why) => {
                 self.keys.image.remove();
-                self.report_plain(&format!("{why}; {no_image}"));
-                return Ok(());
+                return Ok(own_disk(&why));
             }
         };
-        if !self.keys.image.has_origin(&source) {
-            if let Some(reason) = self.foreign_work_reason(&domain, origin) {
-                self.report_plain(&reason);
-                return Ok(());
+        if !self.keys.image.has_origin(&source) || self.keys.image.has_outdated_owner(connect, &source)? {
+            if let Some(reason) = self.foreign_work_reason(domain, origin) {
+                return Ok(Outcome::Unavailable(reason));
             }
-            if let Err(no_space) = self.keys.image.ensure_space(&domain) {
-                self.report_plain(&format!("{why}; {no_space}"));
-                return Ok(());
+            let possible =
+                source.ensure_given_back(connect).and_then(|()| self.keys.image.ensure_space(domain));
+            if let Err(why) = possible {
+                return Ok(own_disk(&why));
             }
-            self.make_image(connect, &domain, &snapshot, cancellation)?;
+            self.make_image(connect, domain, &snapshot, cancellation)?;
         }
         self.readiness.set_instant(self.keys.image.size());
-        self.report_no_standby(why);
-        Ok(())
+        Ok(Outcome::Ready)
     }
 
     /// Returns the snapshot and the source of the image to make, or the reason why none is made.
@@ -126,7 +158,10 @@ impl Machine {
         if let Some(why) = &self.lock().image_disabled {
             return Err(why.clone());
         }
-        self.keys.image.ensure_useful(domain)?;
+        if self.keys.image.is_off() {
+            let why = self.keys.image.unavailable_reason();
+            return Err(why.unwrap_or_else(|| "instant is off".to_owned()));
+        }
         let snapshot = snapshot::find(domain, self.wanted_snapshot()).map_err(|error| error.to_string())?;
         let source = self.keys.image.source(domain, &snapshot)?;
         Ok((snapshot, source))

@@ -1,4 +1,4 @@
-//! The preparation of a machine's next restore: a standby, else a save image.
+//! The preparation of a machine's next restore: a save image, and a standby that is loaded from it.
 //!
 //! A preparation is hidden work: the host still sees a machine that is off. A stop or a cold start cancels
 //! it, and any other action waits for its end. While libvirt is away, the preparation is postponed.
@@ -20,8 +20,8 @@ use crate::standby::{Fingerprint, StandbyDomain};
 /// The maximum time that a preparation waits for an earlier call which timed out.
 const EARLIER_CALL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The outcome of an attempt to make a standby.
-enum StandbyOutcome {
+/// The outcome of an attempt to make an image or a standby.
+pub(super) enum Outcome {
     Ready,
     /// There is none, for this reason.
     Unavailable(String),
@@ -120,47 +120,58 @@ impl Machine {
         origin: PrepareOrigin,
         cancellation: &Cancellation,
     ) -> Result<()> {
-        let why = match self.no_standby_reason() {
-            Some(why) => why.to_owned(),
-            None => match self.prepare_standby(connect, origin, cancellation)? {
-                StandbyOutcome::Ready => return Ok(()),
-                StandbyOutcome::Unavailable(why) => why,
-            },
-        };
-        self.prepare_image(connect, origin, cancellation, &why)
-    }
-
-    /// Makes a standby, unless there is a valid one. A failure leaves nothing behind.
-    fn prepare_standby(
-        &self,
-        connect: &Connect,
-        origin: PrepareOrigin,
-        cancellation: &Cancellation,
-    ) -> Result<StandbyOutcome> {
-        if self.standby_is_valid(connect) {
-            return Ok(StandbyOutcome::Ready);
+        let no_standby = self.no_standby_reason();
+        if no_standby.is_none() && self.standby_is_valid(connect) {
+            return Ok(());
         }
         self.take_standby("it is prepared again");
         let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         domain::ensure_off(&domain)?;
-        if let Some(why) = self.foreign_work_reason(&domain, origin) {
-            return Ok(StandbyOutcome::Unavailable(why));
+        let no_image = match self.prepare_image(connect, &domain, origin, cancellation)? {
+            Outcome::Ready => None,
+            Outcome::Unavailable(why) => Some(why),
+        };
+        let why = match no_standby {
+            Some(why) => why.to_owned(),
+            None => match self.prepare_standby(connect, &domain, origin, cancellation)? {
+                Outcome::Ready => return Ok(()),
+                Outcome::Unavailable(why) => why,
+            },
+        };
+        match no_image {
+            None => self.report_no_standby(&why),
+            Some(no_image) if no_image == why => self.report_plain(&why),
+            Some(no_image) => self.report_plain(&format!("{why}; {no_image}")),
         }
-        let snapshot = snapshot::find(&domain, self.wanted_snapshot())?;
+        Ok(())
+    }
+
+    /// Makes a standby of the domain, which is off. A failure leaves nothing behind.
+    fn prepare_standby(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        origin: PrepareOrigin,
+        cancellation: &Cancellation,
+    ) -> Result<Outcome> {
+        if let Some(why) = self.foreign_work_reason(domain, origin) {
+            return Ok(Outcome::Unavailable(why));
+        }
+        let snapshot = snapshot::find(domain, self.wanted_snapshot())?;
         if !snapshot.has_memory() {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
-            return Ok(StandbyOutcome::Unavailable(why.to_owned()));
+            return Ok(Outcome::Unavailable(why.to_owned()));
         }
-        let share = match self.shared.budget.take(domain::max_memory(&domain)?) {
+        let share = match self.shared.budget.take(domain::max_memory(domain)?) {
             Ok(share) => share,
-            Err(why) => return Ok(StandbyOutcome::Unavailable(why)),
+            Err(why) => return Ok(Outcome::Unavailable(why)),
         };
-        let loaded = self.load_standby(connect, &domain, &snapshot, share, cancellation);
+        let loaded = self.load_standby(connect, domain, &snapshot, share, cancellation);
         if loaded.is_err() {
             self.preparation_failed();
         }
-        loaded.map(|()| StandbyOutcome::Ready)
+        loaded.map(|()| Outcome::Ready)
     }
 
     fn load_standby(
@@ -175,7 +186,7 @@ impl Machine {
         let events_from = self.shared.connection.number();
         remove_managed_save(domain, self.name())?;
         self.begin_marker(domain)?;
-        self.steps().timed("revert", || snapshot.revert_paused())?;
+        self.start_restored(connect, domain, cancellation)?;
         let domain = self.mark_run(connect)?;
         let fingerprint = Fingerprint::of(&domain, snapshot.identity.clone())?;
         let standby = StandbyDomain::new(&domain, fingerprint.clone(), events_from, share);

@@ -10,7 +10,7 @@ use super::base::Machine;
 use super::end::CANCEL_TIMEOUT;
 use crate::domain;
 use crate::foreign::remove_managed_save;
-use crate::restore::{self, Start};
+use crate::restore::Start;
 
 impl Machine {
     /// Starts the machine.
@@ -55,10 +55,7 @@ impl Machine {
         self.lock().has_run = true;
         let started = match how {
             Start::Restored => self.start_restored(connect, &domain, cancellation),
-            Start::Cold => {
-                let boot = || restore::start_paused(&domain, self.wanted_snapshot(), how);
-                self.steps().timed("boot", boot)
-            }
+            Start::Cold => self.start_cold(connect, &domain),
         };
         let started = started.and_then(|()| self.mark_and_resume(connect));
         if started.is_err() || cancellation.is_cancelled() {

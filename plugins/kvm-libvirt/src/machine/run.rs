@@ -4,10 +4,12 @@
 //! So the next host knows a run that a killed host has left.
 
 use machinery::{Error, Result};
+use machinery_backend::Operation;
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::base::Machine;
+use super::state::MachineState;
 use crate::domain;
 use crate::errors::{explain, is_no_domain};
 use crate::foreign::{DiskFile, disks_of, has_managed_save};
@@ -45,7 +47,7 @@ impl Machine {
                 ));
             }
         };
-        let disks = disks_of(&domain)?;
+        let disks = self.own_disks_of(&domain)?;
         let mut state = self.lock();
         (state.has_run, state.run_disks) = (true, Some(disks));
         tracing::info!(machine = self.name(), "the run of an earlier host is adopted");
@@ -64,7 +66,7 @@ impl Machine {
         self.marker.end_run_elsewhere(connect, Some(&uuid))?;
         if self.marker.matches(&domain).map_err(|error| error.machine(self.name()))? {
             tracing::warn!(machine = self.name(), "a run that an earlier host has left is stopped");
-            let disks = disks_of(&domain).unwrap_or_default();
+            let disks = self.own_disks_of(&domain).unwrap_or_default();
             domain::destroy(&domain).map_err(|error| error.machine(self.name()))?;
             self.record_disks(&disks);
         } else if domain.is_active().unwrap_or(false) {
@@ -88,9 +90,16 @@ impl Machine {
     pub(super) fn mark_run(&self, connect: &Connect) -> Result<Domain> {
         let domain = domain::domain(connect, self.label())?;
         self.marker.mark(&domain)?;
-        let disks = disks_of(&domain)?;
+        let disks = self.own_disks_of(&domain)?;
         self.lock().run_disks = Some(disks);
         Ok(domain)
+    }
+
+    /// Returns the domain's own disks that the run can write to, without the overlays.
+    fn own_disks_of(&self, domain: &Domain) -> Result<Vec<DiskFile>> {
+        let overlays = self.marker.overlays();
+        let is_overlay = |disk: &DiskFile| disk.as_ref().is_some_and(|disk| overlays.contains(disk));
+        Ok(disks_of(domain)?.into_iter().filter(|disk| !is_overlay(disk)).collect())
     }
 
     /// Expects that the domain was not reset since the operation began.
@@ -112,12 +121,26 @@ impl Machine {
 
     /// Records the end of the own run, if there was one.
     pub(super) fn close_run(&self) {
-        let disks = self.lock().run_disks.take();
-        if let Some(disks) = disks {
-            self.record_disks(&disks);
-        }
-        self.remove_marker();
+        self.close(&mut self.lock());
+    }
+
+    /// Records the end of the own run, unless a start has begun meanwhile, whose run this one is not. The event of an end
+    /// may come late.
+    pub(super) fn close_run_unless_starting(&self) {
         let mut state = self.lock();
+        if state.operation() != Operation::Starting {
+            self.close(&mut state);
+        }
+    }
+
+    fn close(&self, state: &mut MachineState) {
+        if let Some(disks) = state.run_disks.take() {
+            self.disk_record.save(&disks);
+            state.only_own_runs = true;
+        }
+        if !state.was_saved {
+            self.marker.remove();
+        }
         state.has_run = false;
         state.host_knows_running = false;
     }

@@ -1,31 +1,43 @@
-//! The disks of a domain, and their revert without libvirt.
+//! The disks of a domain, and the overlays that a run writes to instead.
 //!
-//! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` reverts a disk to it, as
-//! libvirt does for a domain that is off. A save image needs that: libvirt restores its memory only.
+//! A save image contains memory only. It fits the disks in the state of the snapshot, in which its creation has left
+//! them. A run from the image writes to overlays, and the disks below them stay as they are.
 //!
-//! The run before has written to the disk, and code that has escaped into QEMU may have rewritten its header. So the
-//! disk is read by memory-safe code only, and `qemu-img` gets it with all the nodes that it may open: this file as
+//! Somebody else may write to a disk between two runs. Then `qemu-img snapshot -a` reverts it to its internal snapshot,
+//! as libvirt does for a domain that is off. Code that has escaped into a QEMU may have rewritten the disk's header. So
+//! the disk is read by memory-safe code only, and `qemu-img` gets it with all the nodes that it may open: this file as
 //! qcow2, and no backing file. A revert needs none. A header that names another file than before makes the save image
 //! outdated.
 
 use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use machinery::{Deadline, Result};
-use machinery_backend::{ImageFiles, QemuImg};
-use machinery_images::Header;
+use machinery::{Deadline, Error, Result};
+use machinery_backend::{
+    ImageFile, ImageFiles, OverlayTemplates, QemuImg, expect_overlay_folder, overlay_path,
+};
+use machinery_images::{Chain, FileId, Header};
 use serde_json::json;
 
+use super::overlaid::Overlaid;
+use crate::access::FileOwner;
 use crate::description::{Description, Disk};
 
 /// The time that `qemu-img` has to revert a disk. A revert that is killed leaves a disk that is reverted in part, until
 /// the next revert. So this is far longer than a revert takes, and the restore that waits for it may time out before.
 const REVERT_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// The time that `qemu-img` has to make the first overlay of each disk.
+const OVERLAY_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// The disks of a domain that its guest can write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disks(Vec<PathBuf>);
+
+/// The format of a disk that can have internal snapshots.
+const QCOW2: &str = "qcow2";
 
 /// QEMU's options for an image or a folder that a guest may write to. Source: `qemu-system-x86_64 -help`.
 const IMAGE_OPTIONS: [&str; 14] = [
@@ -43,6 +55,7 @@ impl Disks {
             (domain.firmware.nvram.is_some(), "variables of its firmware"),
             (domain.has_tpm, "a TPM"),
             (domain.has_nvdimm, "a memory device with a file"),
+            (domain.has_shared_folder, "a folder of the host"),
         ];
         if let Some((_, what)) = others.into_iter().find(|(has_it, _)| *has_it) {
             return Err(format!("the domain has {what}, which a save image does not contain"));
@@ -53,7 +66,8 @@ impl Disks {
                  and a restore from a save image would not revert it"
             ));
         }
-        domain.writable_disks().map(file_of).collect::<Result<_, _>>().map(Disks)
+        let disks: Vec<PathBuf> = domain.writable_disks().map(file_of).collect::<Result<_, _>>()?;
+        if disks.is_empty() { Err("the domain has no disk to write to".to_owned()) } else { Ok(Disks(disks)) }
     }
 
     /// Describes the disks as text: the path of each, its own entry of the snapshot of that name, and the files that
@@ -67,6 +81,50 @@ impl Disks {
             Ok(format!("{}\n{entry}\n", path.display()))
         };
         self.0.iter().map(one).collect()
+    }
+
+    /// Identifies the content of the disks as text. A disk that was written to has another identity.
+    ///
+    /// # Errors
+    /// A disk is missing.
+    pub fn identity(&self) -> Result<String> {
+        let one = |path: &PathBuf| {
+            let id = FileId::of_content(path).map_err(|error| Error::io("look at the disk", path, &error))?;
+            Ok(format!("{id:?}\n"))
+        };
+        self.0.iter().map(one).collect()
+    }
+
+    /// Returns the disks with their overlays; `overlay` is the path of the first one. A bare name lies beside the first
+    /// disk: libvirt and QEMU reach it there.
+    ///
+    /// # Errors
+    /// This process may not make files there, or other users could replace them; the text is for people.
+    pub fn overlays(&self, overlay: &Path) -> Result<Vec<Overlaid>, String> {
+        let beside = self.0.first().and_then(|disk| disk.parent()).unwrap_or(Path::new("/"));
+        let first = beside.join(overlay);
+        let folder = first.parent().unwrap_or(beside);
+        expect_overlay_folder(folder).map_err(|error| error.to_string())?;
+        Ok(self.0.iter().enumerate().map(|(n, disk)| (disk.clone(), overlay_path(&first, n))).collect())
+    }
+
+    /// Returns all files that QEMU only reads below the overlays.
+    ///
+    /// # Errors
+    /// A file is missing or unreadable.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        let chains = self.0.iter().map(|disk| Ok(Chain::of(disk, Some(QCOW2))?.files));
+        chains.collect::<Result<Vec<_>>>().map(|files| files.concat())
+    }
+
+    /// Returns the owners of all files below the overlays.
+    ///
+    /// # Errors
+    /// A file is missing or unreadable.
+    pub fn owners(&self) -> Result<Vec<FileOwner>> {
+        let one =
+            |path: PathBuf| FileOwner::of(path.clone()).map_err(|error| Error::io("look at", &path, &error));
+        self.files()?.into_iter().map(one).collect()
     }
 
     /// Expects that this process may write to all disks.
@@ -95,6 +153,37 @@ impl Disks {
     }
 }
 
+/// Makes these overlays, without anything that an earlier run has written to them.
+///
+/// # Errors
+/// An overlay cannot be made. Then there is none.
+pub fn make_overlays(templates: &OverlayTemplates, overlays: &[Overlaid]) -> Result<()> {
+    let Some((_, first)) = overlays.first() else { return Ok(()) };
+    let image = |(disk, _): &Overlaid| ImageFile { path: disk.clone(), format: Some(QCOW2.to_owned()) };
+    let images: Vec<ImageFile> = overlays.iter().map(image).collect();
+    let deadline = Deadline::after(OVERLAY_TIMEOUT);
+    let mut made = templates.overlays(&qemu_img(), &images, first, deadline)?;
+    overlays.iter().try_for_each(|(disk, overlay)| {
+        share_like(disk, overlay).map_err(|error| Error::io("set the owner of the overlay", overlay, &error))
+    })?;
+    // The marker of the run has them.
+    made.set_keep(true);
+    Ok(())
+}
+
+/// Gives the overlay to those who have the disk. libvirt may be configured not to change owners, and QEMU can open the
+/// disk.
+fn share_like(disk: &Path, overlay: &Path) -> std::io::Result<()> {
+    let (like, own) = (fs::metadata(disk)?, fs::metadata(overlay)?);
+    if (like.uid(), like.gid()) != (own.uid(), own.gid())
+        && let Err(error) = chown(overlay, Some(like.uid()), Some(like.gid()))
+    {
+        // Only root may do that. libvirt then does it, unless it is configured otherwise.
+        tracing::debug!(%error, overlay = %overlay.display(), "the overlay has another owner than the disk");
+    }
+    fs::set_permissions(overlay, fs::Permissions::from_mode(like.mode() & 0o060 | 0o600))
+}
+
 /// Reports whether the argument is one of [`IMAGE_OPTIONS`]; QEMU accepts one leading dash or two.
 fn names_an_image(argument: &str) -> bool {
     let option = argument.strip_prefix("--").or(argument.strip_prefix('-'));
@@ -106,7 +195,10 @@ fn file_of(disk: &Disk) -> Result<PathBuf, String> {
     let Some(path) = &disk.path else {
         return Err(format!("the domain's disk {} is no file", disk.target));
     };
-    if disk.format != "qcow2" || !disk.is_plain {
+    if !disk.is_bare {
+        return Err(format!("the disk {} has settings of its own, such as a label", path.display()));
+    }
+    if disk.format != QCOW2 || !disk.is_plain {
         return Err(format!("the disk {} is no qcow2 file of this domain alone", path.display()));
     }
     Ok(path.clone())
@@ -133,6 +225,7 @@ fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -
     let nodes = json!({"driver": "qcow2", "file": {"driver": "file", "filename": disk.to_string_lossy()}, "backing": null});
     let args = ["snapshot", "-q", "-a", snapshot].map(str::to_owned);
     let files = ImageFiles { written: vec![disk.to_owned()], ..ImageFiles::default() };
+    let qemu_img = qemu_img.clone().as_owner_of(disk)?;
     let reverted = qemu_img.run(&what, args.into_iter().chain([format!("json:{nodes}")]), files, deadline);
     let advice = "The domain must be off, and nothing else may use its disk";
     reverted.map(drop).map_err(|error| error.advice(advice))
@@ -143,7 +236,6 @@ mod tests {
     use super::*;
     use machinery_backend::jail::JailMode;
     use rustix::fs::{CWD, FileType, Mode, mknodat};
-    use std::os::unix::fs::PermissionsExt;
 
     fn disks_of(xml: &str) -> Result<Disks, String> {
         Disks::of(&Description::read(xml).unwrap())
@@ -179,6 +271,13 @@ mod tests {
             ),
             (disk(&format!("{good}<shareable/>")), "of this domain alone"),
             (add("<os><nvram>/n</nvram></os>"), "firmware"),
+            (disk(&format!("{good}<transient/>")), "settings of its own"),
+            (
+                disk(&good.replace("'/a'/>", "'/a'><seclabel model='dac' relabel='no'/></source>")),
+                "/a has settings of its own",
+            ),
+            (add("<filesystem type='mount'><source dir='/s'/></filesystem>"), "a folder of the host"),
+            ("<domain/>".to_owned(), "no disk to write to"),
             (add("<memory model='nvdimm'><source><path>/n</path></source></memory>"), "memory device"),
             (argument("-drive"), "<qemu:commandline> has -drive"),
             (argument("--blockdev"), "<qemu:commandline> has --blockdev"),
@@ -194,8 +293,10 @@ mod tests {
     fn error_names_the_disk_when_it_does_not_exist() {
         let disks = Disks(vec!["/none/disk.qcow2".into()]);
         assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
-        assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+        assert!(disks.overlays(Path::new("o")).unwrap_err().contains("/none is not a folder"));
+        assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.files().unwrap_err().to_string().contains("/none/disk.qcow2"));
     }
 
     /// Makes a disk over a base, with the snapshot `clean`, and returns its path and that of the base.
@@ -242,14 +343,49 @@ mod tests {
     }
 
     #[test]
+    fn overlays_lie_beside_the_first_disk_and_belong_to_its_users() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, base) = disk_over_base(folder.path());
+        fs::set_permissions(&disk, fs::Permissions::from_mode(0o664)).unwrap();
+        let disks = Disks(vec![disk.clone(), base.clone()]);
+        assert_eq!(disks.files().unwrap(), [disk.clone(), base.clone(), base.clone()]);
+        let overlays = disks.overlays(Path::new("m_disposable.qcow2")).unwrap();
+        let paths: Vec<PathBuf> = overlays.iter().map(|(_, overlay)| overlay.clone()).collect();
+        let path = |name: &str| folder.path().join(name);
+        assert_eq!(paths, [path("m_disposable.qcow2"), path("m_disposable_2.qcow2")]);
+        let templates = OverlayTemplates::of_unread_images();
+        for _ in 0..2 {
+            fs::write(&paths[0], "of an earlier run").unwrap();
+            make_overlays(&templates, &overlays).unwrap();
+            let header = Header::read(&paths[0]).unwrap().unwrap();
+            assert_eq!(header.backing.unwrap().file, disk.to_str().unwrap());
+            assert_eq!(fs::metadata(&paths[0]).unwrap().mode() & 0o777, 0o660);
+        }
+        let none = vec![(path("none"), path("o.qcow2"))];
+        assert!(make_overlays(&templates, &none).is_err() && !path("o.qcow2").exists());
+    }
+
+    #[test]
     fn error_is_a_failure_when_qemu_img_hangs() {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("qemu-img");
         fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
         let hangs = QemuImg::new(&program).with_jail(JailMode::Off);
-        let (disk, soon) = (Path::new("/none/disk.qcow2"), || Deadline::after(Duration::from_millis(50)));
-        let why = revert(&hangs, disk, "clean", soon()).unwrap_err().to_string();
+        let soon = || Deadline::after(Duration::from_millis(50));
+        let (disk, _) = disk_over_base(folder.path());
+        let why = revert(&hangs, &disk, "clean", soon()).unwrap_err().to_string();
         assert!(why.contains("does not end within 50ms") && why.contains("must be off"), "{why}");
+    }
+
+    #[test]
+    fn identity_changes_when_the_disk_is_written_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, _) = disk_over_base(folder.path());
+        let disks = Disks(vec![disk.clone()]);
+        let before = disks.identity().unwrap();
+        let file = File::options().write(true).open(&disk).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert_ne!(disks.identity().unwrap(), before);
     }
 }

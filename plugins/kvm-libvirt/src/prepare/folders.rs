@@ -81,7 +81,7 @@ mod tests {
 
     /// Makes an image as of an earlier host.
     fn image(folder: &Path, mode: InstantMode) -> Image {
-        let image = Image::of("m", mode, folder);
+        let image = Image::of("m", mode, folder, "o".into());
         for file in ["m.machinery-image", "m.machinery-image-of"] {
             fs::write(folder.join(file), "x").unwrap();
         }

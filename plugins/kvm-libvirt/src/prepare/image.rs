@@ -1,21 +1,15 @@
-//! Save images: the snapshot's memory in a file of its own, from which a restore is faster.
+//! Save images: the snapshot's memory in a file of its own, for runs that leave the domain's disks as they are.
 //!
 //! An internal snapshot keeps the memory inside the disk, and QEMU reads it from there in small pieces. A
 //! domain that libvirt has *saved* is in a plain file, which QEMU reads in one go. So a machine is reverted to
-//! its snapshot once and saved. From then on it is restored from that file, after `qemu-img` has reverted the
-//! disk.
+//! its snapshot once and saved. From then on it is restored from that file.
 //!
-//! Measured at the host's socket with libvirt 9.0 and QEMU 7.2 on two busy cores, alternating, medians of 14:
+//! The image describes the domain with an [overlay](super::overlaid) over each disk. A run from the image writes to
+//! overlays that are made anew for each run. The domain's own disk is open for reading only, so the next run starts from
+//! the same disk whatever a run has done. libvirt's definition of the domain stays as the operator wrote it.
 //!
-//! - A Linux guest with 600 MiB of noise in 1 GiB takes 0.8 s instead of 2.1 s. The best times are 0.5 s and
-//!   1.1 s; the image takes a third of the processor time. `qemu-img` takes 0.03 s of that.
-//! - The micro guest takes 0.26 s either way, which is the start of QEMU. Small guests gain nothing, so
-//!   `auto` makes no image for them.
-//!
-//! The domain keeps its own disk, without an overlay over it. An overlay would save the work of `qemu-img`.
-//! But a snapshot that an operator takes of a running machine would be lost with the overlay, and QEMU's user
-//! would need access to its folder. libvirt's own disposable disks (`<transient/>`) do not work for a
-//! restored domain: libvirt 9.0 lets it write to the disk itself.
+//! libvirt's own disposable disks (`<transient/>`) do not work for a restored domain: libvirt 9.0 lets it write to the
+//! disk itself.
 //!
 //! An image is valid as long as snapshot and domain are unchanged. Beside each image is a text that describes
 //! its origin: the snapshot, the disks, the other files of the domain, and the domain's description. If the text
@@ -33,16 +27,13 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt_sys as sys;
 
-use super::disks::Disks;
+use super::overlaid::Owner;
 use super::save;
-use crate::description::Description;
+use super::source::Source;
+use crate::access::Access;
 use crate::domain::{self, max_memory};
 use crate::errors::explain;
-use crate::files::Identity;
 use crate::snapshot::Snapshot;
-
-/// A guest with less memory than this, in bytes, gains nothing from an image.
-const MIN_IMAGE_MEMORY: u64 = 512 << 20;
 
 /// The description of an image that is being made.
 const UNFINISHED: &str = "unfinished\n";
@@ -55,7 +46,7 @@ pub enum InstantMode {
     Off,
     /// Each machine where an image is possible.
     On,
-    /// Each machine where an image is possible and makes restores faster.
+    /// Each machine where an image is possible.
     #[default]
     Auto,
 }
@@ -64,6 +55,8 @@ pub enum InstantMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     mode: InstantMode,
+    /// The overlay of the first disk: its path, or only its name if it lies beside that disk.
+    overlay: PathBuf,
     /// The computer of libvirt, if it is another one.
     host: Option<String>,
     file: PathBuf,
@@ -71,28 +64,17 @@ pub struct Image {
     origin_file: PathBuf,
 }
 
-/// The origin of an image: the domain at its snapshot.
-pub struct Source {
-    disks: Disks,
-    /// The description of the origin. An image is valid if its own is equal.
-    origin: String,
-}
-
-impl Source {
-    /// Reverts the domain's disks to the snapshot.
-    ///
-    /// # Errors
-    /// qemu-img fails.
-    pub fn revert_disks(&self, snapshot: &Snapshot) -> Result<()> {
-        self.disks.revert_to(&snapshot.identity.name)
-    }
-}
-
 impl Image {
-    /// Returns the image of that machine, in the folder for save images.
-    pub fn of(machine: &str, mode: InstantMode, folder: &Path) -> Image {
+    /// Returns the image of that machine, in the folder for save images; `overlay` is that of its first disk.
+    pub fn of(machine: &str, mode: InstantMode, folder: &Path, overlay: PathBuf) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
-        Image { mode, host: None, file: file("machinery-image"), origin_file: file("machinery-image-of") }
+        Image {
+            mode,
+            overlay,
+            host: None,
+            file: file("machinery-image"),
+            origin_file: file("machinery-image-of"),
+        }
     }
 
     /// Returns the image with libvirt's computer set; no save image is made for another computer.
@@ -112,6 +94,11 @@ impl Image {
         self.file == other.file
     }
 
+    /// Returns the overlay of the first disk: its path, or only its name if it lies beside that disk.
+    pub fn overlay(&self) -> &Path {
+        &self.overlay
+    }
+
     /// Returns the folder of the image.
     pub fn folder(&self) -> &Path {
         self.file.parent().unwrap_or(Path::new("/"))
@@ -120,21 +107,6 @@ impl Image {
     /// Reports whether the image is never made.
     pub fn is_off(&self) -> bool {
         self.mode == InstantMode::Off
-    }
-
-    /// Expects that the configuration wants an image of that domain.
-    ///
-    /// # Errors
-    /// It does not; the text says why, for people.
-    pub fn ensure_useful(&self, domain: &Domain) -> Result<(), String> {
-        let largest = max_memory(domain).map_err(|error| error.to_string())?;
-        match self.mode {
-            InstantMode::Off => Err("instant is off".to_owned()),
-            InstantMode::Auto if largest < MIN_IMAGE_MEMORY => {
-                Err("a save image would gain nothing with so little memory".to_owned())
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Removes an outdated image, and expects enough space for another one. An image is at most as large as
@@ -163,23 +135,7 @@ impl Image {
     /// # Errors
     /// No image can be made; the text says why, for people.
     pub fn source(&self, domain: &Domain, snapshot: &Snapshot) -> Result<Source, String> {
-        if snapshot.description.external || !snapshot.has_memory() {
-            return Err("save images are made of internal snapshots with memory only".to_owned());
-        }
-        if snapshot.identity.name.parse::<u64>().is_ok() {
-            // qemu-img looks for a snapshot of that number first.
-            return Err("the snapshot's name is a number, which qemu-img cannot use as a name".to_owned());
-        }
-        let xml = domain
-            .xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)
-            .map_err(|error| explain("describe the domain", &error).to_string())?;
-        let description = Description::read(&xml).map_err(|error| error.to_string())?;
-        let disks = Disks::of(&description)?;
-        disks.ensure_writable()?;
-        let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
-        let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
-        let origin = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
-        Ok(Source { disks, origin })
+        Source::of(domain, snapshot, self.overlay())
     }
 
     /// Reports whether there is an image, valid or not.
@@ -189,8 +145,23 @@ impl Image {
 
     /// Reports whether there is an image of that origin, which only trusted users could have changed.
     pub fn has_origin(&self, source: &Source) -> bool {
-        let has_origin = fs::read_to_string(&self.origin_file).is_ok_and(|origin| origin == source.origin);
+        let origin = fs::read_to_string(&self.origin_file);
+        let has_origin = origin.is_ok_and(|origin| origin.starts_with(&source.origin));
         has_origin && self.file.exists() && self.is_trusted()
+    }
+
+    /// Reports whether a new image would be better: with this one, libvirt gives the disks to QEMU's user, who can read them
+    /// by now without that.
+    ///
+    /// # Errors
+    /// libvirt does not answer; a file of a disk is missing.
+    pub fn has_outdated_owner(&self, connect: &Connect, source: &Source) -> Result<bool> {
+        Ok(self.owner(source) == Owner::Qemu && source.access_of_qemu(connect)? == Some(Access::Reads))
+    }
+
+    /// Returns the owner of the disks during a run from the image.
+    pub fn owner(&self, source: &Source) -> Owner {
+        source.owner_in(&fs::read_to_string(&self.origin_file).unwrap_or_default())
     }
 
     fn is_trusted(&self) -> bool {
@@ -223,25 +194,45 @@ impl Image {
             let what = format!("{file} exists, and is not a save image of this host");
             return Err(Error::environment(what).advice("Move it away, or set another instant_dir"));
         }
-        let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
-        let written = before.written();
+        let before = self.source(domain, snapshot).map_err(Error::failed)?;
+        // libvirt gives the disks of a domain that is on to QEMU's user.
+        let owner = before.owner(connect)?;
+        let written = before.disks.written();
         snapshot.revert_paused()?;
         cancellation.ensure_wanted()?;
         // A revert also restores the domain's description of that time.
         let source = self.source(domain, snapshot).map_err(Error::failed)?;
-        if source.disks != before {
+        if source.disks != before.disks {
             return Err(Error::failed("the snapshot has other disks than the domain had before the revert"));
         }
-        if !before.written().iter().zip(&written).all(|(now, then)| now != then) {
+        if !source.disks.written().iter().zip(&written).all(|(now, then)| now != then) {
             let what = "libvirt has other files under the paths of the domain's disks than this host";
             return Err(Error::environment(what).advice("Set instant: off"));
         }
         // Looked up again, because a reverted domain object does not know its new id.
-        let label = domain.name().map_err(|error| explain("return the domain's name", &error))?;
+        let name = domain.name().map_err(|error| explain("return the domain's name", &error))?;
+        let paused = domain::domain(connect, &name)?;
+        let xml = domain::xml(&paused, sys::VIR_DOMAIN_XML_MIGRATABLE | sys::VIR_DOMAIN_XML_SECURE)?;
+        let xml = source.overlaid(&xml, owner)?;
         // From here on there may be an unfinished image, which `remove` deletes.
         self.write_origin(UNFINISHED)?;
-        save::save(&domain::domain(connect, &label)?, file)?;
-        self.write_origin(&source.origin)
+        save::save(&paused, file, &xml)?;
+        self.write_origin(&source.state(owner)?)
+    }
+
+    /// Reverts the domain's disks to the snapshot, if somebody has written to them. The domain is off.
+    ///
+    /// # Errors
+    /// qemu-img fails.
+    pub fn revert_disks(&self, source: &Source, snapshot: &Snapshot) -> Result<()> {
+        let owner = self.owner(source);
+        if fs::read_to_string(&self.origin_file).is_ok_and(|known| Ok(known) == source.state(owner)) {
+            return Ok(());
+        }
+        // From here on their state is unknown, until they are reverted.
+        self.write_origin(&source.origin)?;
+        source.disks.revert_to(&snapshot.identity.name)?;
+        self.write_origin(&source.state(owner)?)
     }
 
     fn write_origin(&self, text: &str) -> Result<()> {
@@ -249,7 +240,7 @@ impl Image {
             .map_err(|error| Error::io("write the description of a save image to", &self.origin_file, &error))
     }
 
-    /// Starts the domain, which is off, from the image, and leaves it paused. The disks must be reverted first.
+    /// Starts the domain, which is off, from the image, and leaves it paused. The overlays must be made first.
     ///
     /// # Errors
     /// The domain cannot be started. It may be in any state then.

@@ -1,0 +1,146 @@
+//! The origin of a save image: the snapshot, the domain and its disks, and the overlays of its runs.
+
+use std::path::Path;
+
+use machinery::Result;
+use machinery_backend::OverlayTemplates;
+use rustix::process::geteuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt_sys as sys;
+
+use super::disks::{Disks, make_overlays};
+use super::overlaid::{Overlaid, Owner, overlaid};
+use crate::access::{Access, FileOwner, User, user_of_qemu};
+use crate::description::Description;
+use crate::domain;
+use crate::errors::explain;
+use crate::files::Identity;
+use crate::snapshot::Snapshot;
+
+/// The line of an image whose disks keep their owner.
+const KEPT: &str = "owner kept\n";
+
+/// The origin of an image: the domain at its snapshot.
+pub struct Source {
+    pub(super) disks: Disks,
+    /// The disks, each with its overlay.
+    pub overlays: Vec<Overlaid>,
+    /// The description of the origin. An image is valid if its own is equal. In the file, the owner and
+    /// the identity of the disks follow.
+    pub(super) origin: String,
+}
+
+impl Source {
+    /// Returns the origin of an image of that snapshot; `overlay` is that of the first disk.
+    ///
+    /// # Errors
+    /// No image can be made; the text says why, for people.
+    pub fn of(domain: &Domain, snapshot: &Snapshot, overlay: &Path) -> Result<Source, String> {
+        if snapshot.description.external || !snapshot.has_memory() {
+            return Err("save images are made of internal snapshots with memory only".to_owned());
+        }
+        if let Some(overlay) = &snapshot.description.overlay {
+            let overlay = overlay.display();
+            return Err(format!(
+                "the snapshot was taken of a run with the disk {overlay}, which the domain lacks"
+            ));
+        }
+        if snapshot.identity.name.parse::<u64>().is_ok() {
+            // qemu-img looks for a snapshot of that number first.
+            return Err("the snapshot's name is a number, which qemu-img cannot use as a name".to_owned());
+        }
+        let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE).map_err(|error| error.to_string())?;
+        let description = Description::read(&xml).map_err(|error| error.to_string())?;
+        let disks = Disks::of(&description)?;
+        disks.ensure_writable()?;
+        let overlays = disks.overlays(overlay)?;
+        if let Some((_, own)) = overlays.iter().find(|(_, overlay)| description.files.contains(overlay)) {
+            return Err(format!(
+                "the domain has the file {} itself, which is the name of an overlay",
+                own.display()
+            ));
+        }
+        let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
+        let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
+        let origin = format!("{name}\n{created}\n{}{overlays:?}\n{files}{xml}", disks.described(name)?);
+        Ok(Source { disks, overlays, origin })
+    }
+
+    /// Returns the description with the overlays.
+    ///
+    /// # Errors
+    /// The description has other disks.
+    pub fn overlaid(&self, xml: &str, owner: Owner) -> Result<String> {
+        overlaid(xml, &self.overlays, owner)
+    }
+
+    /// Returns the access of QEMU's user to the disks and their bases, while the domain is off.
+    ///
+    /// # Errors
+    /// A file of a disk is missing.
+    pub fn access(&self, user: User) -> Result<Access> {
+        Ok(Access::of(user, self.disks.files()?))
+    }
+
+    /// Returns the access of the user that libvirt names. `None` if it names none.
+    pub(super) fn access_of_qemu(&self, connect: &Connect) -> Result<Option<Access>> {
+        let capabilities = connect.capabilities().map_err(|error| explain("describe itself", &error))?;
+        user_of_qemu(&capabilities).map(|user| self.access(user)).transpose()
+    }
+
+    /// Returns the owner of the disks during a run: the present one, if QEMU's user can read them.
+    ///
+    /// # Errors
+    /// libvirt does not answer; a file of a disk is missing.
+    pub fn owner(&self, connect: &Connect) -> Result<Owner> {
+        Ok(match self.access_of_qemu(connect)? {
+            Some(Access::Reads | Access::Writes(_)) => Owner::Kept,
+            Some(Access::None(_)) | None => Owner::Qemu,
+        })
+    }
+
+    /// Returns the owners of the disks and their bases.
+    ///
+    /// # Errors
+    /// A file of a disk is missing.
+    pub fn owners(&self) -> Result<Vec<FileOwner>> {
+        self.disks.owners()
+    }
+
+    /// Expects that QEMU's user can read the disks. Otherwise libvirt gives them to that user for good, and only root can
+    /// give them back.
+    ///
+    /// # Errors
+    /// It cannot, and this process is not root; libvirt does not answer. The text is for people.
+    pub fn ensure_given_back(&self, connect: &Connect) -> Result<(), String> {
+        match self.access_of_qemu(connect).map_err(|error| error.to_string())? {
+            Some(Access::None(file)) if !geteuid().is_root() => Err(format!(
+                "QEMU's user may not read {}, so libvirt would give the disks to that user for good; let it read that file \
+                 (chmod o+r)",
+                file.display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the content of the file that describes the origin: the disks are at the snapshot.
+    pub(super) fn state(&self, owner: Owner) -> Result<String> {
+        let owner = if owner == Owner::Kept { KEPT } else { "" };
+        Ok(format!("{}{owner}{}", self.origin, self.disks.identity()?))
+    }
+
+    /// Returns the owner of the disks that such a content records.
+    pub(super) fn owner_in(&self, content: &str) -> Owner {
+        let is_kept = content.strip_prefix(&self.origin).is_some_and(|state| state.starts_with(KEPT));
+        if is_kept { Owner::Kept } else { Owner::Qemu }
+    }
+
+    /// Makes the overlays of a run.
+    ///
+    /// # Errors
+    /// An overlay cannot be made. Then there is none.
+    pub fn make_overlays(&self, templates: &OverlayTemplates) -> Result<()> {
+        make_overlays(templates, &self.overlays)
+    }
+}
