@@ -161,12 +161,22 @@ fn action_waits_when_libvirtd_restarts() {
 /// succeeds.
 #[test]
 fn machine_restores_again_when_libvirtd_died_during_a_restore() {
-    let mut fixture = KvmFixture::new(&[MICRO], "");
+    for (instant, opened) in [("off", "disk.qcow2"), ("on", "lab-m_disposable.qcow2")] {
+        let mut fixture =
+            KvmFixture::new(&[MICRO], &format!("machineries: {{kvm: {{instant: {instant}}}}}\n"));
+        fixture.act("prepare");
+        restore_while_libvirtd_dies(&mut fixture, opened);
+        fixture.finish();
+    }
+}
+
+/// Kills libvirtd some time after a restore has opened that file.
+fn restore_while_libvirtd_dies(fixture: &mut KvmFixture, opened: &'static str) {
     let mut failed = 0;
     for delay in [0, 30, 60, 100, 150, 200] {
         let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
         fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        watch.wait(&[FileEvent::Opened("disk.qcow2")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened(opened)], SOON).unwrap();
         // The sleep chooses the moment; it waits for no event.
         thread::sleep(Duration::from_millis(delay));
         fixture.lab.libvirtd().kill_daemon().unwrap();
@@ -179,10 +189,9 @@ fn machine_restores_again_when_libvirtd_died_during_a_restore() {
             assert!(reason.contains("restore_start of machine 'm' failed: "), "{reason}");
             assert!(reason.contains("libvirtd has gone away"), "{reason}");
         }
-        assert_restores(&mut fixture);
+        assert_restores(fixture);
     }
     assert!(failed > 0, "libvirtd never died during a restore");
-    fixture.finish();
 }
 
 /// A libvirtd that is killed before it has noted QEMU's process leaves a start that no later one finishes. The domain can

@@ -114,7 +114,7 @@ fn host_prepares_nothing_automatically_when_a_run_by_hand_has_ended() {
     fixture.wait_for_state("poweroff");
     write_work(&fixture.lab);
     fixture.act("enable_machine");
-    fixture.wait_for_readiness("plain", "not prepared automatically");
+    fixture.wait_for_readiness("instant", "not prepared automatically");
     assert!(has_work(&fixture.lab));
     fixture.restore();
     fixture.act("stop");
@@ -236,7 +236,8 @@ fn host_ends_its_own_run_when_the_machine_was_disabled_meanwhile() {
 /// killed host's run.
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
-    let mut fixture = KvmFixture::of(lab(""));
+    // The creation of a save image takes an id, too.
+    let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off}}\n"));
     fixture.restore();
     let id = fixture.virsh(&["domid", "lab-m"]);
     fixture.host.kill().unwrap();
@@ -366,7 +367,7 @@ fn standby_is_replaced_when_somebody_resets_it() {
     fixture.wait_for_readiness("standby", "");
     let standby = fixture.qemu();
     fixture.virsh(&["reset", "lab-m"]);
-    fixture.wait_for_readiness("plain", "reset");
+    fixture.wait_for_readiness("instant", "reset");
     fixture.wait_for_readiness("standby", "");
     assert_ne!(fixture.qemu(), standby);
     fixture.restore();

@@ -61,6 +61,17 @@ fn image(fixture: &KvmFixture) -> PathBuf {
     found.remove(0)
 }
 
+/// Returns the names of the overlays beside the machine's disk.
+fn overlays(fixture: &KvmFixture) -> Vec<String> {
+    let folder = fixture.lab.machine("m").disk.parent().unwrap();
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.contains("disposable")).collect()
+}
+
+fn disk_content(fixture: &KvmFixture) -> Vec<u8> {
+    fs::read(&fixture.lab.machine("m").disk).unwrap()
+}
+
 fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
@@ -110,6 +121,7 @@ fn restore_from_an_image_has_memory_and_disk_of_the_snapshot() {
 fn changes_of_a_linux_guest_are_discarded_when_an_image_is_restored() {
     let mut fixture = KvmFixture::new(&[("m", LINUX)], IMAGES);
     prepare_image(&mut fixture);
+    let disk = disk_content(&fixture);
     for _ in 0..3 {
         fixture.act("restore_start");
         let marks = fixture.lab.machine("m").marks(SOON).unwrap();
@@ -118,6 +130,49 @@ fn changes_of_a_linux_guest_are_discarded_when_an_image_is_restored() {
         fixture.act("stop");
     }
     assert_eq!(restores(&fixture), (3, 0), "{}", fixture.host.log());
+    assert!(disk_content(&fixture) == disk, "a run has written to the domain's own disk");
+    fixture.finish();
+}
+
+#[test]
+fn run_has_an_overlay_until_its_end_and_the_domain_its_definition() {
+    let mut fixture = with_image();
+    let (disk, own) = (disk_content(&fixture), fixture.lab.machine("m").disk.display().to_string());
+    let definition = ["dumpxml", "--inactive", "--security-info", "lab-m"];
+    let defined = fixture.virsh(&definition);
+    for action in ["restore_start", "norestore_start"] {
+        fixture.act(action);
+        assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"], "{action}");
+        let written = fixture.virsh(&["domblklist", "lab-m"]);
+        assert!(written.contains("lab-m_disposable.qcow2") && !written.contains(&own), "{action}: {written}");
+        assert_eq!(fixture.virsh(&definition), defined, "{action}");
+        let output = qemu_io(&fixture, "write -P 0x5a 64k 512");
+        assert!(!output.contains("wrote"), "{action}: QEMU has not locked the disk: {output}");
+        fixture.act("stop");
+        assert_eq!(overlays(&fixture), [""; 0], "{action}");
+        assert_eq!(fixture.virsh(&definition), defined, "{action}");
+    }
+    assert!(disk_content(&fixture) == disk, "a run has written to the domain's own disk");
+    fixture.finish();
+}
+
+#[test]
+fn overlay_of_a_killed_host_is_removed_with_its_run() {
+    let mut fixture = with_image();
+    for ends_before in [false, true] {
+        fixture.restore();
+        fixture.host.kill().unwrap();
+        if ends_before {
+            fixture.virsh(&["destroy", "lab-m"]);
+        }
+        assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"]);
+        fixture = KvmFixture::of(fixture.lab);
+        if !ends_before {
+            assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"], "the run is adopted");
+            fixture.act("stop");
+        }
+        assert_eq!(overlays(&fixture), [""; 0], "{ends_before}; {}", fixture.host.log());
+    }
     fixture.finish();
 }
 
@@ -131,12 +186,12 @@ fn image_is_replaced_when_snapshot_or_domain_change() {
     prepare_image(&mut fixture);
     assert_eq!(fs::metadata(image(&fixture)).unwrap().modified().unwrap(), made);
     // Another snapshot, of the same name.
-    fixture.act("restore_start");
+    fixture.virsh(&["snapshot-revert", "lab-m", SNAPSHOT, "--running"]);
     let later = fixture.lab.restored_count().unwrap() + 20;
     fixture.lab.machine("m").wait_for_count(later, SOON).unwrap();
     fixture.virsh(&["snapshot-delete", "lab-m", SNAPSHOT]);
     fixture.virsh(&["snapshot-create-as", "lab-m", SNAPSHOT]);
-    fixture.act("stop");
+    fixture.virsh(&["destroy", "lab-m"]);
     for _ in 0..2 {
         fixture.act("restore_start");
         assert!(fixture.lab.machine("m").first_count(SOON).unwrap() >= later, "it was the old snapshot");

@@ -39,6 +39,11 @@ fn rounds(lab: &KvmLab, host: &RunningHost, rounds: u32) {
 fn host_has_the_same_resources_after_two_hundred_actions() {
     let lab = KvmLab::new(&MACHINES.map(|name| (name, Guest::Micro))).unwrap();
     let mut host = lab.host().unwrap();
+    // A domain that gets its save image is on.
+    let mut client = host.client().unwrap();
+    for name in MACHINES {
+        assert_eq!(client.act("prepare", name).unwrap(), json!({"success": true}), "{name}");
+    }
     rounds(&lab, &host, 1);
     lab.assert_clean();
     let before = host.resources().unwrap();
