@@ -289,7 +289,8 @@ fn folder_of_save_images_is_refused_when_another_user_owns_it() {
     let lab = KvmLab::new(&[("m", Guest::Micro)]).unwrap();
     let folder = lab.cwd().root().canonicalize().unwrap().join("images");
     fs::create_dir(&folder).unwrap();
-    let section = format!("machineries: {{kvm: {{instant: on, instant_dir: {}}}}}\n", folder.display());
+    let section =
+        format!("machineries: {{kvm: {{instant: on, standby: off, instant_dir: {}}}}}\n", folder.display());
     lab.cwd().host_yaml(&section).unwrap();
     assert_accepted(lab.cwd());
     give(&folder, STRANGER);

@@ -123,7 +123,7 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
     let image = second.to_str().unwrap();
     let ran = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
     assert!(ran.success());
-    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on, standby: off}}\n").unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     let mut why = || {
@@ -195,7 +195,7 @@ fn machine_is_served_when_libvirt_is_reached_over_tcp() {
     let tcp = lab.libvirtd().listens_on_tcp().unwrap();
     lab.change_yaml(&lab.libvirtd().dsn(), &tcp).unwrap();
     lab.change_yaml("interface: lo", "interface: bridge-elsewhere").unwrap();
-    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on, standby: off}}\n").unwrap();
     let (code, output) = checked(&lab);
     assert_eq!(code, Some(0));
     assert_contains(&output, &["libvirt is on 127.0.0.1", "no save images"]);

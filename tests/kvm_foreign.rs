@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 const STANDBY: &str = "machineries: {kvm: {standby: on}}\n";
-const IMAGES: &str = "machineries: {kvm: {instant: on}}\n";
+const IMAGES: &str = "machineries: {kvm: {instant: on, standby: off}}\n";
 
 /// The place of an operator's work on a disk, and its content.
 const WORK: &str = "-P 0x5a 64k 512";

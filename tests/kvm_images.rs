@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 const LINUX: Guest = Guest::Linux { ram_mib: 256, noise_mib: 64 };
-const IMAGES: &str = "machineries: {kvm: {instant: on}}\n";
+const IMAGES: &str = "machineries: {kvm: {instant: on, standby: off}}\n";
 
 /// Starts a lab with the micro guest, and makes its save image.
 fn with_image() -> KvmFixture {

@@ -181,7 +181,7 @@ fn machine_of_a_disk_is_a_domain_that_is_restored_saved_anew_and_removed() {
 #[test]
 fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     let lab = lab(Guest::Micro);
-    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on, standby: off}}\n").unwrap();
     let (mut host, mut client) = lab.serve().unwrap();
     let made = run(&lab, &creation(&lab, Guest::Micro, &["--user"], &[]));
     assert!(succeeds(&made).stdout.contains("its restores are instant"), "{made:?}");
@@ -213,7 +213,7 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
     client.perform("stop", "m");
 
     // The domain of a standby is on. The host ends it.
-    lab.cwd().change_host_yaml("instant: on", "standby: on").unwrap();
+    lab.cwd().change_host_yaml("standby: off", "standby: on").unwrap();
     let has_standby = |client: &mut Client| {
         client.perform("prepare", "m");
         assert_eq!(client.machine("m").unwrap()["ready"]["mode"], json!("standby"));

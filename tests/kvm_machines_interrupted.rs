@@ -29,7 +29,7 @@ fn lab() -> KvmLab {
     let lab = KvmLab::new(&[("seed", Guest::Micro)]).unwrap();
     let yaml = format!("dsn: {}\ninterface: lo\nmachines: {{}}\n", lab.libvirtd().dsn());
     lab.cwd().write_yaml("kvm", &yaml).unwrap();
-    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on, standby: off}}\n").unwrap();
     lab
 }
 

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
-const IMAGES: &str = "machineries: {kvm: {instant: on}}\n";
+const IMAGES: &str = "machineries: {kvm: {instant: on, standby: off}}\n";
 const OVERLAY: &str = "lab-m_disposable.qcow2";
 /// A user that no process has; Debian gives QEMU this number.
 const QEMU_USER: u32 = 64055;

@@ -60,6 +60,30 @@ fn standby_is_resumed_at_the_snapshot_by_each_restore() {
 }
 
 #[test]
+fn automatic_standby_is_given_back_when_memory_is_short_and_made_again_when_it_is_free() {
+    let automatic = |reserve: &str| {
+        format!("machineries: {{kvm: {{standby: auto, standby_memory_reserve: {reserve}}}}}\n")
+    };
+    let mut fixture = KvmFixture::new(&[MICRO], &automatic("0"));
+    fixture.wait_for_standby();
+    fixture.lab.cwd().host_yaml(&automatic("1000000 GiB")).unwrap();
+    fixture.client.ask(json!({"action": "reload"})).unwrap();
+    fixture.wait_for_readiness("instant", "the computer needs its memory");
+    fixture.lab.assert_clean();
+    fixture.restore();
+    fixture.act("stop");
+    fixture.wait_for_readiness("instant", "standby_memory_reserve");
+    fixture.lab.cwd().host_yaml(&automatic("0")).unwrap();
+    fixture.client.ask(json!({"action": "reload"})).unwrap();
+    fixture.wait_for_standby();
+    let standby = fixture.qemu();
+    fixture.restore();
+    assert_eq!(fixture.qemu(), standby, "the standby was not resumed");
+    fixture.act("stop");
+    fixture.finish();
+}
+
+#[test]
 fn standby_is_reported_as_powered_off() {
     let mut fixture = KvmFixture::new(&[MICRO], ON);
     let ready = fixture.wait_for_standby();

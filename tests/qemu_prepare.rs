@@ -614,6 +614,28 @@ fn standby_is_not_made_when_the_memory_limit_is_reached() {
 }
 
 #[test]
+fn automatic_standby_is_given_back_when_memory_is_short_and_made_again_when_it_is_free() {
+    let (lab, mut host, mut client) = prepared("standby: auto, standby_memory_reserve: 0");
+    is_ready(&mut client, "standby");
+    lab.ahead("standby: auto, standby_memory_reserve: 1000000 GiB").unwrap();
+    client.ask(json!({"action": "reload"})).unwrap();
+    until_ready(&mut client, "instant");
+    let reason = ready(&mut client)["reason"].take();
+    assert_eq!(reason, "the computer needs its memory");
+    lab.assert_clean();
+    restores_by(&lab, &mut client, &host, "instant");
+    client.perform("stop", "m");
+    prepare(&mut client);
+    let readiness = ready(&mut client);
+    assert!(readiness["reason"].as_str().unwrap().contains("standby_memory_reserve"), "{readiness}");
+    lab.ahead("standby: auto, standby_memory_reserve: 0").unwrap();
+    client.ask(json!({"action": "reload"})).unwrap();
+    until_ready(&mut client, "standby");
+    restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
 fn standby_without_a_template_is_made_only_when_it_is_configured() {
     for (ahead, mode) in [("instant: off", "plain"), ("instant: off, standby: on", "standby")] {
         let (lab, mut host, mut client) = prepared(ahead);

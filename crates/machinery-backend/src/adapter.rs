@@ -26,6 +26,7 @@ use machinery::{
 };
 
 use crate::backend::{Backend, PrepareOrigin};
+use crate::budget::{Keeper, Standbys};
 use crate::concurrent;
 use crate::machine_set::{MachineSet, ReloadPlan, Reloadable};
 use crate::shared::Shared;
@@ -36,12 +37,16 @@ pub struct Adapter<S: Shared> {
     machines: Arc<MachineSet<S::Machine>>,
     shared: Arc<S>,
     host: Host,
+    /// It holds until the machinery is dropped.
+    _keeper: Option<Keeper>,
 }
 
 /// The time that a load has for the leftovers of a killed host.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time that a load which has failed has to close what the machines share.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+/// The time that a machine has to end a standby whose memory is needed.
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl<S: Shared> Machinery for Adapter<S> {
     const NAME: &'static str = S::NAME;
@@ -59,7 +64,15 @@ impl<S: Shared> Machinery for Adapter<S> {
         let are_left = setup.adopts && S::ADOPTS;
         let ended = if are_left { Ok(()) } else { shared.end_leftovers(&machines, deadline) };
         match ended.and_then(|()| shared.ready(&set, config, deadline)) {
-            Ok(()) => Ok(Adapter { machines: set, shared, host }),
+            Ok(()) => {
+                let keeper = shared.budget().and_then(|budget| {
+                    Keeper::start(
+                        Arc::clone(budget),
+                        MachineStandbys { machines: Arc::clone(&set), host: host.clone() },
+                    )
+                });
+                Ok(Adapter { machines: set, shared, host, _keeper: keeper })
+            }
             Err(error) => {
                 // The time of the load may be over.
                 shared.close(Deadline::after(CLOSE_TIMEOUT));
@@ -90,6 +103,9 @@ impl<S: Shared> Machinery for Adapter<S> {
     }
 
     fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        if let Some(budget) = self.shared.budget() {
+            budget.count_restore(machine);
+        }
         self.on(machine, |machine| machine.restore_start(deadline))
     }
 
@@ -183,6 +199,27 @@ impl<S: Shared> Machinery for Adapter<S> {
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         self.machines.all().iter().for_each(|machine| machine.begin_end());
         self.leave(deadline, |machine| machine.end(deadline))
+    }
+}
+
+/// The machines, as the keeper of their standbys sees them.
+struct MachineStandbys<M> {
+    machines: Arc<MachineSet<M>>,
+    host: Host,
+}
+
+impl<M: Backend> Standbys for MachineStandbys<M> {
+    fn give_back(&self, name: &str, why: &str) {
+        // A reload may have removed it, with its standby.
+        let Ok(machine) = self.machines.find(name) else { return };
+        tracing::info!(machine = name, why, "the standby is given back");
+        if let Err(error) = machine.give_standby_back(why, Deadline::after(GIVE_BACK_TIMEOUT)) {
+            tracing::warn!(machine = name, %error, "the standby is not given back");
+        }
+    }
+
+    fn ask(&self, name: &str, why: &str) {
+        self.host.preparation_wanted(name, why);
     }
 }
 

@@ -160,6 +160,15 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
         Ok(())
     }
 
+    /// Ends the standby, and reports the readiness with that reason. Neither a run nor a preparation ends: another action
+    /// may use the standby at the same moment.
+    ///
+    /// # Errors
+    /// The standby does not end; another action is under way.
+    fn give_standby_back(self: &Arc<Self>, _why: &str, _deadline: Deadline) -> Result<()> {
+        Ok(())
+    }
+
     /// Ends the machine's own run and standby, for a shutdown.
     ///
     /// # Errors

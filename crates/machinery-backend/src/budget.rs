@@ -1,13 +1,29 @@
 //! The memory for standbys, and the keys of the configuration that control it.
+//!
+//! ```text
+//!  standby: on    ─▶ standby_memory_limit ─────────────────────────────▶ share
+//!  standby: auto  ─▶ standby_memory_limit ─▶ standby_memory_reserve ─┬─▶ share ─▶ pressure: given back ─┐
+//!                                                                    └─▶ the machine waits ◀────────────┘
+//!                                                                            └─▶ memory is free: the host prepares it
+//! ```
+//!
+//! A share of `auto` is given back under pressure, and the machine with the fewest restores gives back first. A machine
+//! that waits is prepared once its standby fits, the one with the most restores first.
 
-use std::fs;
+mod computer;
+mod keeper;
+
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use machinery::format_bytes;
 use serde::Deserialize;
 
-use crate::process::bytes_of;
+pub use computer::Memory;
+pub use keeper::{Keeper, Standbys};
+
 use crate::sync::lock;
 
 /// The key `standby` in `machinery-host.yaml`: it controls which machines get a standby.
@@ -18,53 +34,148 @@ pub enum Standby {
     Off,
     /// Every machine, as long as the memory limit allows it.
     On,
-    /// The machines whose standby needs little memory.
+    /// The machines for which the computer has free memory.
     #[default]
     Auto,
 }
 
-/// The memory limit for all standbys.
+/// The memory limits for all standbys.
 #[derive(Debug)]
 pub struct Budget {
     limit: AtomicU64,
-    used: Mutex<u64>,
+    reserve: AtomicU64,
+    claims: Mutex<Claims>,
 }
 
 /// The part of a [`Budget`] that one standby holds. Dropping it returns the memory.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
+    number: u64,
     bytes: u64,
 }
 
+/// The shares, and the machines that wait for one.
+#[derive(Debug, Default)]
+struct Claims {
+    held: BTreeMap<u64, Held>,
+    last_number: u64,
+    /// The memory that each waiting machine needs, in bytes.
+    waiting: BTreeMap<String, u64>,
+    /// The number of restores of each machine.
+    restores: BTreeMap<String, u64>,
+    /// The memory at the last look, and its time.
+    seen: Option<(Instant, Memory)>,
+    /// The time of the last pressure.
+    pressed: Option<Instant>,
+}
+
+/// A share, as the budget keeps it.
+#[derive(Debug)]
+struct Held {
+    machine: String,
+    bytes: u64,
+    is_automatic: bool,
+    /// True until the standby has touched its memory.
+    is_loading: bool,
+}
+
 impl Budget {
-    /// Creates a budget of that many bytes; `None` means half the memory of this computer.
-    pub fn new(limit: Option<u64>) -> Arc<Budget> {
-        Arc::new(Budget { limit: AtomicU64::new(or_half_of_memory(limit)), used: Mutex::new(0) })
+    /// Creates a budget: `limit` bytes for all standbys, by default half the memory of this computer, and `reserve` bytes
+    /// that automatic standbys leave free, by default an eighth of the memory and at least 1 GiB.
+    pub fn new(limit: Option<u64>, reserve: Option<u64>) -> Arc<Budget> {
+        let budget =
+            Budget { limit: AtomicU64::default(), reserve: AtomicU64::default(), claims: Mutex::default() };
+        budget.set_limits(limit, reserve);
+        Arc::new(budget)
     }
 
-    /// Changes the limit. Existing shares are kept, even if they exceed it.
-    pub fn set_limit(&self, limit: Option<u64>) {
-        self.limit.store(or_half_of_memory(limit), Ordering::SeqCst);
+    /// Changes the limits. Existing shares are kept, even if they exceed the limit; those of automatic standbys are given
+    /// back if the reserve asks for it.
+    pub fn set_limits(&self, limit: Option<u64>, reserve: Option<u64>) {
+        let total = Memory::now().unwrap_or_default().total;
+        self.limit.store(limit.unwrap_or(total / 2), Ordering::SeqCst);
+        self.reserve.store(reserve.unwrap_or_else(|| Memory::default_reserve(total)), Ordering::SeqCst);
+        // Pressure by the old reserve may be none by the new one.
+        lock(&self.claims).pressed = None;
     }
 
-    /// Takes a share of that many bytes.
+    /// Takes a share of that many bytes for a standby of the machine. An automatic one that the reserve refuses is prepared
+    /// once there is enough free memory.
+    ///
+    /// # Errors
+    /// The share would exceed the limit, or an automatic one would use the reserve. The text contains the numbers.
+    pub fn take(self: &Arc<Self>, machine: &str, mode: Standby, bytes: u64) -> Result<Share, String> {
+        let memory = if mode == Standby::Auto { Memory::now() } else { None };
+        let mut claims = lock(&self.claims);
+        claims.waiting.remove(machine);
+        let shortage = memory.and_then(|memory| self.shortage(&claims, memory, bytes));
+        if let Some(why) = shortage {
+            claims.waiting.insert(machine.to_owned(), bytes);
+            return Err(why);
+        }
+        drop(claims);
+        self.hold(machine, mode, bytes)
+    }
+
+    /// Takes a share for a standby that exists already, and therefore needs no free memory.
     ///
     /// # Errors
     /// The share would exceed the limit. The text contains the limit and the memory in use.
-    pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, String> {
-        let mut used = lock(&self.used);
-        let limit = self.limit.load(Ordering::SeqCst);
+    pub fn hold(self: &Arc<Self>, machine: &str, mode: Standby, bytes: u64) -> Result<Share, String> {
+        let mut claims = lock(&self.claims);
+        let (used, limit) = (claims.used(), self.limit.load(Ordering::SeqCst));
         if used.saturating_add(bytes) > limit {
             return Err(format!(
                 "a standby would need {} of memory, and {} of the {} for standbys are in use (standby_memory_limit)",
                 format_bytes(bytes),
-                format_bytes(*used),
+                format_bytes(used),
                 format_bytes(limit)
             ));
         }
-        *used += bytes;
-        Ok(Share { budget: Arc::clone(self), bytes })
+        claims.last_number += 1;
+        let number = claims.last_number;
+        let is_automatic = mode == Standby::Auto;
+        let held = Held { machine: machine.to_owned(), bytes, is_automatic, is_loading: true };
+        claims.held.insert(number, held);
+        Ok(Share { budget: Arc::clone(self), number, bytes })
+    }
+
+    /// Counts a restore of the machine. The machines with the most restores have standbys first.
+    pub fn count_restore(&self, machine: &str) {
+        let mut claims = lock(&self.claims);
+        *claims.restores.entry(machine.to_owned()).or_default() += 1;
+        // Its next preparation asks again.
+        claims.waiting.remove(machine);
+    }
+
+    /// Describes the lack of free memory for an automatic standby of that size, if there is one.
+    fn shortage(&self, claims: &Claims, memory: Memory, bytes: u64) -> Option<String> {
+        let reserve = self.reserve.load(Ordering::SeqCst);
+        let free = memory.available.saturating_sub(claims.loading());
+        (free < bytes.saturating_add(reserve)).then(|| {
+            format!(
+                "a standby would need {} of memory, {} are free, and {} stay free (standby_memory_reserve)",
+                format_bytes(bytes),
+                format_bytes(free),
+                format_bytes(reserve)
+            )
+        })
+    }
+}
+
+impl Claims {
+    fn used(&self) -> u64 {
+        self.held.values().map(|held| held.bytes).sum()
+    }
+
+    /// Returns the memory that standbys will have taken once they are loaded, in bytes.
+    fn loading(&self) -> u64 {
+        self.held.values().filter(|held| held.is_loading).map(|held| held.bytes).sum()
+    }
+
+    fn restores_of(&self, machine: &str) -> u64 {
+        self.restores.get(machine).copied().unwrap_or(0)
     }
 }
 
@@ -74,29 +185,19 @@ impl Share {
         self.bytes
     }
 
-    /// Sets the size to the memory that is actually held, which is only known afterwards.
+    /// Sets the size to the memory that the loaded standby holds, which is only known afterwards.
     pub fn set_actual(&mut self, bytes: u64) {
-        let mut used = lock(&self.budget.used);
-        *used = used.saturating_sub(self.bytes).saturating_add(bytes);
+        if let Some(held) = lock(&self.budget.claims).held.get_mut(&self.number) {
+            (held.bytes, held.is_loading) = (bytes, false);
+        }
         self.bytes = bytes;
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let mut used = lock(&self.budget.used);
-        *used = used.saturating_sub(self.bytes);
+        lock(&self.budget.claims).held.remove(&self.number);
     }
-}
-
-fn or_half_of_memory(limit: Option<u64>) -> u64 {
-    limit.unwrap_or_else(|| total_memory() / 2)
-}
-
-/// Returns the memory of this computer, or 0 if it is unknown. Source: `MemTotal` in proc_meminfo(5).
-fn total_memory() -> u64 {
-    let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    bytes_of(&table, "MemTotal:").unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -105,19 +206,44 @@ mod tests {
 
     #[test]
     fn budget_refuses_a_share_when_the_limit_is_reached() {
-        let budget = Budget::new(Some(100 << 20));
-        let mut first = budget.take(60 << 20).unwrap();
-        let refused = budget.take(50 << 20).unwrap_err();
+        let budget = Budget::new(Some(100 << 20), Some(u64::MAX));
+        let take = |mib: u64| budget.take("m", Standby::On, mib << 20);
+        let mut first = take(60).unwrap();
+        let refused = take(50).unwrap_err();
         assert!(refused.contains("50 MiB") && refused.contains("60 MiB of the 100 MiB"), "{refused}");
         first.set_actual(20 << 20);
-        let second = budget.take(50 << 20).unwrap();
+        let second = take(50).unwrap();
         drop((first, second));
-        let all = budget.take(100 << 20).unwrap();
+        let all = take(100).unwrap();
         assert_eq!(all.bytes(), 100 << 20);
-        budget.set_limit(Some(50 << 20));
-        assert!(budget.take(1).unwrap_err().contains("100 MiB of the 50 MiB"));
+        budget.set_limits(Some(50 << 20), None);
+        assert!(take(1).unwrap_err().contains("100 MiB of the 50 MiB"));
         drop(all);
-        assert!(budget.take(50 << 20).is_ok());
-        assert!(Budget::new(None).take(1 << 20).is_ok());
+        assert!(take(50).is_ok());
+        assert!(Budget::new(None, None).take("m", Standby::On, 1 << 20).is_ok());
+    }
+
+    #[test]
+    fn budget_refuses_an_automatic_share_when_too_little_memory_is_free() {
+        let budget = Budget::new(Some(1 << 40), Some(1 << 50));
+        let refused = budget.take("m", Standby::Auto, 1 << 20).unwrap_err();
+        assert!(
+            refused.contains("1 MiB of memory") && refused.contains("standby_memory_reserve"),
+            "{refused}"
+        );
+        assert!(budget.hold("m", Standby::Auto, 1 << 20).is_ok(), "it has its memory already");
+        budget.set_limits(Some(1 << 40), Some(0));
+        assert!(budget.take("m", Standby::Auto, 1 << 20).is_ok());
+    }
+
+    #[test]
+    fn budget_counts_the_memory_of_standbys_that_are_being_loaded() {
+        let budget = Budget::new(Some(1 << 40), Some(10));
+        let memory = Memory { available: 100, ..Memory::default() };
+        let shortage = |bytes| budget.shortage(&lock(&budget.claims), memory, bytes);
+        let mut share = budget.take("m", Standby::On, 50).unwrap();
+        assert!(shortage(40).is_none() && shortage(41).is_some());
+        share.set_actual(70);
+        assert!(shortage(90).is_none() && shortage(91).is_some(), "what is loaded is not available any more");
     }
 }

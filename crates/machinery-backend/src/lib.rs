@@ -64,7 +64,7 @@ mod work;
 
 pub use adapter::Adapter;
 pub use backend::{Backend, PrepareOrigin};
-pub use budget::{Budget, Share, Standby};
+pub use budget::{Budget, Memory, Share, Standby};
 pub use intake::{Copying, Intake};
 pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use memory_file::MemoryFile;

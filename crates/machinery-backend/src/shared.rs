@@ -5,6 +5,7 @@ use std::sync::Arc;
 use machinery::{Capabilities, Conflict, Deadline, Diagnosis, Host, Report, Result, Setup};
 
 use crate::backend::Backend;
+use crate::budget::Budget;
 use crate::concurrent;
 use crate::machine_set::{MachineSet, ReloadPlan, Reloadable};
 
@@ -122,6 +123,11 @@ pub trait Shared: Sized + Send + Sync + 'static {
             Ok(machine.diagnose())
         };
         machines.iter().map(diagnose).collect()
+    }
+
+    /// Returns the memory for automatic standbys, whose machines have [`Backend::give_standby_back`].
+    fn budget(&self) -> Option<&Arc<Budget>> {
+        None
     }
 
     /// Closes what the machines share: after a shutdown, and after a load that failed.

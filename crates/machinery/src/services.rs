@@ -27,6 +27,9 @@ pub trait HostServices: Send + Sync + 'static {
     fn ready(&self, machine: &str, ready: &RestoreReadiness);
     /// Reports that a machine has lost its preparation, and the reason.
     fn preparation_invalidated(&self, machine: &str, reason: &str);
+    /// Asks for a preparation of a machine, which can be better than the last one, and gives the reason. A host without
+    /// preparations ignores it.
+    fn preparation_wanted(&self, _machine: &str, _reason: &str) {}
     /// Returns the highest level that the host logs. It discards records above this level.
     fn max_level(&self) -> LogLevel;
 }
@@ -77,6 +80,12 @@ impl Host {
     /// again when it is idle, unless it loses its preparation repeatedly.
     pub fn preparation_invalidated(&self, machine: &str, reason: &str) {
         self.services.preparation_invalidated(machine, reason);
+    }
+
+    /// Asks the host to prepare the machine when it is idle: its preparation can be better than it is, for that reason. A
+    /// host before interface 1.1 ignores it.
+    pub fn preparation_wanted(&self, machine: &str, reason: &str) {
+        self.services.preparation_wanted(machine, reason);
     }
 
     pub(crate) fn services(&self) -> &Arc<dyn HostServices> {

@@ -30,7 +30,8 @@ impl Shared for ExampleProcess {
 
     fn open(setup: &Setup, config: &Config, host: Host) -> Result<Self> {
         let (state_dir, program) = (setup.state_dir.clone(), config.program.clone());
-        Ok(ExampleProcess { host, state_dir, budget: Budget::new(config.standby_memory_limit), program })
+        let budget = Budget::new(config.standby_memory_limit, config.standby_memory_reserve);
+        Ok(ExampleProcess { host, state_dir, budget, program })
     }
 
     fn machine(self: &Arc<Self>, _: &Setup, keys: Keys) -> Arc<Machine> {
@@ -68,6 +69,10 @@ impl Shared for ExampleProcess {
 
     /// The other keys are parts of each machine's keys, so the reload replaces machines for which they have changed.
     fn committed(&self, config: &Config, _: &[Arc<Machine>], _: &[Arc<Machine>]) {
-        self.budget.set_limit(config.standby_memory_limit);
+        self.budget.set_limits(config.standby_memory_limit, config.standby_memory_reserve);
+    }
+
+    fn budget(&self) -> Option<&Arc<Budget>> {
+        Some(&self.budget)
     }
 }

@@ -34,6 +34,8 @@ struct Section {
     standby: Standby,
     #[serde(deserialize_with = "parse_bytes")]
     standby_memory_limit: Option<u64>,
+    #[serde(deserialize_with = "parse_bytes")]
+    standby_memory_reserve: Option<u64>,
 }
 
 /// The configuration, which is valid.
@@ -41,6 +43,7 @@ struct Section {
 pub struct Config {
     pub program: PathBuf,
     pub standby_memory_limit: Option<u64>,
+    pub standby_memory_reserve: Option<u64>,
     /// The keys of all machines, in the order of the file.
     pub machines: Vec<Keys>,
 }
@@ -50,7 +53,7 @@ pub struct Config {
 pub struct Keys {
     pub info: MachineInfo,
     pub snapshot: PathBuf,
-    pub standby: bool,
+    pub standby: Standby,
 }
 
 impl MachineKeys for Keys {
@@ -76,10 +79,11 @@ impl Config {
             Keys {
                 info: MachineInfo::new(&name, &shared, name.clone(), snapshot, &interface),
                 snapshot: own.snapshot,
-                standby: section.standby != Standby::Off,
+                standby: section.standby,
             }
         };
         let machines = machines.into_iter().map(keys).collect();
-        Ok(Config { program, standby_memory_limit: section.standby_memory_limit, machines })
+        let Section { standby_memory_limit, standby_memory_reserve, .. } = section;
+        Ok(Config { program, standby_memory_limit, standby_memory_reserve, machines })
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use machinery::{Deadline, Diagnosis, DumpFormat, Error, Result, State};
-use machinery_backend::{Backend, Output, PrepareOrigin, ProcessMachine, Reloadable};
+use machinery_backend::{Backend, Output, PrepareOrigin, ProcessMachine, Reloadable, Standby};
 
 use crate::config::Keys;
 use crate::hypervisor::{self, Hypervisor};
@@ -58,9 +58,12 @@ impl Backend for Machine {
     /// Loads the snapshot, and leaves the guest paused: a standby, which a restore only resumes.
     fn prepare(self: &Arc<Self>, _: PrepareOrigin, deadline: Deadline) -> Result<()> {
         let share = || match self.keys.standby {
-            // A guest needs about as much memory as its snapshot has.
-            true => self.shared.budget.take(fs::metadata(&self.keys.snapshot).map_or(0, |file| file.len())),
-            false => Err("standby is off".to_owned()),
+            Standby::Off => Err("standby is off".to_owned()),
+            mode => {
+                // A guest needs about as much memory as its snapshot has.
+                let memory = fs::metadata(&self.keys.snapshot).map_or(0, |file| file.len());
+                self.shared.budget.take(self.name(), mode, memory)
+            }
         };
         self.process.prepare(&self.keys.snapshot, share, deadline)
     }
@@ -102,5 +105,9 @@ impl Backend for Machine {
 
     fn discard_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
         self.process.discard_standby(deadline)
+    }
+
+    fn give_standby_back(self: &Arc<Self>, why: &str, deadline: Deadline) -> Result<()> {
+        self.process.give_standby_back(why, deadline)
     }
 }

@@ -54,12 +54,15 @@ struct OwnKeys {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Section {
-    /// True if machines have a standby. `auto` is `off`: a standby holds all of its guest's memory.
+    /// Which machines have a standby.
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// The maximum memory of all standbys together, in bytes.
     #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
     standby_memory_limit: Option<u64>,
+    /// The memory that automatic standbys leave free, in bytes.
+    #[serde(deserialize_with = "machinery::parse_bytes")]
+    standby_memory_reserve: Option<u64>,
     /// True if machines without a standby have a save image.
     #[serde(alias = "save_images", deserialize_with = "null_as_default")]
     instant: InstantMode,
@@ -91,6 +94,8 @@ pub struct Config {
     pub machines: Vec<Keys>,
     /// The maximum memory of all standbys together, in bytes, if it is configured.
     pub standby_memory_limit: Option<u64>,
+    /// The memory that automatic standbys leave free, in bytes, if it is configured.
+    pub standby_memory_reserve: Option<u64>,
     pub instant: InstantMode,
     /// The folder for save images.
     pub instant_dir: PathBuf,
@@ -101,7 +106,7 @@ pub struct Config {
 pub struct Keys {
     /// Its `label` is the name of the domain.
     pub info: MachineInfo,
-    /// True if the machine has a standby.
+    /// Which standby the machine has, if any.
     pub standby: Standby,
     pub image: Image,
 }
@@ -147,6 +152,7 @@ impl Config {
             dsn: file.dsn.clone(),
             machines: file.machines.iter().map(keys).collect(),
             standby_memory_limit: section.standby_memory_limit,
+            standby_memory_reserve: section.standby_memory_reserve,
             instant,
             instant_dir,
         }

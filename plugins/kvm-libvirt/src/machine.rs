@@ -133,6 +133,10 @@ impl Backend for Machine {
         self.discard(deadline)
     }
 
+    fn give_standby_back(self: &Arc<Self>, why: &str, deadline: Deadline) -> Result<()> {
+        self.give_back(why, deadline)
+    }
+
     fn adopt(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
         let machine = Arc::clone(self);
         let adopt = move |connect: &Connect| machine.adopt_run(connect);

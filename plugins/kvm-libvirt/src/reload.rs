@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Capabilities, Deadline, Diagnosis, Error, Host, Report, Result, Setup};
-use machinery_backend::{MachineSet, ReloadPlan, Reloadable, Shared, expect_unchanged};
+use machinery_backend::{Budget, MachineSet, ReloadPlan, Reloadable, Shared, expect_unchanged};
 use virt::connect::Connect;
 
 use crate::check;
@@ -94,7 +94,7 @@ impl Shared for Kvm {
     }
 
     fn committed(&self, config: &Config, gone: &[Arc<Machine>], machines: &[Arc<Machine>]) {
-        self.budget.set_limit(config.standby_memory_limit);
+        self.budget.set_limits(config.standby_memory_limit, config.standby_memory_reserve);
         let images: Vec<_> = machines.iter().map(|machine| &machine.keys().image).collect();
         for old in gone.iter().map(|machine| &machine.keys().image) {
             if !images.iter().any(|image| image.has_same_file(old)) {
@@ -109,6 +109,10 @@ impl Shared for Kvm {
         self.connection.ask(deadline, "libvirt to describe the domains", move |connect| {
             Ok(infos.iter().map(|info| check::diagnose(connect, info)).collect())
         })
+    }
+
+    fn budget(&self) -> Option<&Arc<Budget>> {
+        Some(&self.budget)
     }
 
     fn close(&self, deadline: Deadline) {

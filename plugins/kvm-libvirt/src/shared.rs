@@ -33,7 +33,7 @@ impl Kvm {
         let images = ImageFolders::default();
         config.image_folder().map_or(Ok(()), |folder| images.open(folder))?;
         let connection = Connection::open(&config.dsn, deadline)?;
-        let budget = Budget::new(config.standby_memory_limit);
+        let budget = Budget::new(config.standby_memory_limit, config.standby_memory_reserve);
         let overlays = OverlayTemplates::of_unread_images();
         Ok(Kvm { connection, budget, images, overlays, host, state_dir: state_dir.to_owned() })
     }

@@ -128,7 +128,7 @@ fn resident_memory(known: &[MemoryStat]) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::test_driver::TestDomain;
-    use machinery_backend::Budget;
+    use machinery_backend::{Budget, Standby};
 
     /// Returns a domain that is reverted to its snapshot `clean` and paused, with its fingerprint.
     fn reverted(name: &str) -> (TestDomain, Fingerprint) {
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn standby_has_its_share_where_libvirt_reports_no_use() {
         let (test, fingerprint) = reverted("standby-memory");
-        let share = Budget::new(Some(100 << 20)).take(8 << 20).unwrap();
+        let share = Budget::new(Some(100 << 20), None).take("m", Standby::On, 8 << 20).unwrap();
         assert_eq!(StandbyDomain::new(&test.look_up(), fingerprint, 0, share).memory(), 8 << 20);
     }
 

@@ -75,7 +75,7 @@ fn kvm_meets_the_requirements_with_standbys() {
 #[test]
 fn kvm_meets_the_requirements_with_save_images() {
     let lab = lab();
-    let setup = with_section(setup(&lab), "instant: on");
+    let setup = with_section(setup(&lab), "instant: on, standby: off");
     assert_meets_requirements(&lab, &setup);
     assert!(
         setup.cache_dir.join("one.machinery-image").exists(),

@@ -300,7 +300,7 @@ fn reload_succeeds_when_runs_end_meanwhile() {
 
 #[test]
 fn reload_changes_images_and_standbys() {
-    let loaded = Loaded::new("instant: on");
+    let loaded = Loaded::new("instant: on, standby: off");
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     kvm.prepare("two", soon()).unwrap();
     kvm.prepare("three", soon()).unwrap();
@@ -316,7 +316,7 @@ fn reload_changes_images_and_standbys() {
     kvm.stop("two", soon()).unwrap();
     // The images get another folder.
     let folder = lab.cwd().root().join("elsewhere");
-    write_section(lab, &format!("instant: on, instant_dir: {}", folder.display()));
+    write_section(lab, &format!("instant: on, standby: off, instant_dir: {}", folder.display()));
     assert_eq!(loaded.reloaded(&["one"]), text("two", "one"));
     assert!(!here("two"), "the image in the old folder was not removed");
     kvm.prepare("two", soon()).unwrap();

@@ -57,7 +57,7 @@ fn host_is_refused_when_another_host_uses_its_image_folder() {
     let images = tempfile::tempdir().unwrap();
     let cwd = || {
         let cwd = ScratchCwd::new(&[("kvm", YAML)]).unwrap();
-        let section = format!("instant: on, instant_dir: {}", images.path().display());
+        let section = format!("instant: on, standby: off, instant_dir: {}", images.path().display());
         cwd.host_yaml(&format!("machineries: {{kvm: {{{section}}}}}\n")).unwrap();
         cwd
     };

@@ -43,6 +43,8 @@ pub struct Config {
     pub instant_space_limit: Option<u64>,
     /// The limit for all standbys together, in bytes.
     pub standby_memory_limit: Option<u64>,
+    /// The memory that automatic standbys leave free, in bytes, if it is configured.
+    pub standby_memory_reserve: Option<u64>,
     /// The jail of programs that run for all machines.
     pub jail: JailMode,
     pub free_space_reserve: FreeSpaceReserve,
@@ -111,6 +113,7 @@ impl Config {
             instant_space_limit: section.instant_space_limit,
             jail: section.jail,
             standby_memory_limit: section.standby_memory_limit,
+            standby_memory_reserve: section.standby_memory_reserve,
             free_space_reserve,
             machines,
             warnings,

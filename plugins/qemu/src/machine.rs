@@ -140,6 +140,10 @@ impl Backend for Machine {
         Ok(())
     }
 
+    fn give_standby_back(self: &Arc<Self>, why: &str, deadline: Deadline) -> Result<()> {
+        self.give_back(why, deadline)
+    }
+
     fn end(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
         let ended = self.pull_the_plug(deadline);
         // The host has ended its capture.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use machinery::{Capabilities, Deadline, Error, Host, Report, Result, Setup};
-use machinery_backend::{MachineSet, ReloadPlan, Shared, expect_unchanged};
+use machinery_backend::{Budget, MachineSet, ReloadPlan, Shared, expect_unchanged};
 
 use crate::check;
 use crate::config::{Config, MachineFiles};
@@ -100,10 +100,14 @@ impl Shared for Qemu {
     }
 
     fn committed(&self, config: &Config, _: &[Arc<Machine>], machines: &[Arc<Machine>]) {
-        self.budget.set_limit(config.standby_memory_limit);
+        self.budget.set_limits(config.standby_memory_limit, config.standby_memory_reserve);
         self.space.set_reserve(config.free_space_reserve);
         apply_template_settings(self, config, machines);
         log_jails(machines);
+    }
+
+    fn budget(&self) -> Option<&Arc<Budget>> {
+        Some(&self.budget)
     }
 
     fn close(&self, _: Deadline) {

@@ -47,7 +47,7 @@ impl Qemu {
             shared_templates: SharedTemplates::default(),
             has_cells: AtomicBool::new(false),
             peers: Peers::default(),
-            budget: Budget::new(config.standby_memory_limit),
+            budget: Budget::new(config.standby_memory_limit, config.standby_memory_reserve),
             space: DiskSpace::new(config.free_space_reserve),
             host,
         };

@@ -263,6 +263,25 @@ impl<P: GuestProcess> ProcessMachine<P> {
         }
     }
 
+    /// Ends the standby whose memory is needed, and reports that reason. It waits for no other action.
+    ///
+    /// # Errors
+    /// The process does not end; another action is under way.
+    pub fn give_standby_back(&self, why: &str, deadline: Deadline) -> Result<()> {
+        let is_standby = |current: &mut Option<Current>| {
+            Ok(current.as_ref().is_some_and(|current| current.phase == Phase::Standby))
+        };
+        let now = Deadline::after(Duration::ZERO);
+        let (_discarding, is_standby) = self.slot.work.begin(Operation::Discarding, now, is_standby)?;
+        if !is_standby {
+            return Ok(());
+        }
+        self.slot.end_process(|guest| guest.kill(), deadline)?;
+        self.slot.readiness.set_plain(why);
+        self.slot.readiness.report();
+        Ok(())
+    }
+
     /// Ends the process of a host that was killed, and removes its folder.
     ///
     /// # Errors
@@ -282,7 +301,7 @@ impl<P: GuestProcess> ProcessMachine<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::budget::Budget;
+    use crate::budget::{Budget, Standby};
     use crate::sync::lock;
     use machinery::{GUEST_POWERED_OFF, HostServices, LogLevel, LogRecord, RestoreReadiness};
     use std::fs;
@@ -358,7 +377,7 @@ mod tests {
             let host = Host::new(Arc::new(Events(Mutex::new(sender))));
             let shell = Shell(Mutex::new(script.to_owned()));
             let machine = ProcessMachine::new(&host, "m", &folder.path().join("state"), shell);
-            Lab { machine, budget: Budget::new(Some(1 << 40)), events, folder }
+            Lab { machine, budget: Budget::new(Some(1 << 40), Some(0)), events, folder }
         }
 
         fn set_script(&self, script: &str) {
@@ -370,7 +389,7 @@ mod tests {
         }
 
         fn prepare(&self) -> Result<()> {
-            let share = || self.budget.take(1);
+            let share = || self.budget.take("m", Standby::On, 1);
             self.machine.prepare(&self.folder.path().join("snapshot"), share, soon())
         }
 
@@ -462,8 +481,8 @@ mod tests {
         assert_eq!((lab.pid(), lab.machine.state()), (standby, State::Running));
         assert_eq!(lab.event(), "plain: ");
         assert_eq!(lab.prepare().unwrap_err().kind(), ErrorKind::UnexpectedState);
-        lab.budget.set_limit(Some(1));
-        assert!(lab.budget.take(1).is_ok(), "a run has no share");
+        lab.budget.set_limits(Some(1), None);
+        assert!(lab.budget.take("m", Standby::On, 1).is_ok(), "a run has no share");
     }
 
     #[test]
@@ -473,6 +492,19 @@ mod tests {
         assert_eq!(lab.machine.stop(soon()).unwrap_err().kind(), ErrorKind::StateReached);
         assert_eq!([lab.event(), lab.event()], ["standby: ", "plain: "]);
         lab.is_clean();
+    }
+
+    #[test]
+    fn standby_is_given_back_and_a_run_is_not() {
+        let lab = Lab::new(GUEST);
+        lab.prepare().unwrap();
+        lab.machine.give_standby_back("memory is short", soon()).unwrap();
+        assert_eq!([lab.event(), lab.event()], ["standby: ", "plain: memory is short"]);
+        lab.is_clean();
+        lab.start().unwrap();
+        lab.machine.give_standby_back("memory is short", soon()).unwrap();
+        assert_eq!(lab.machine.state(), State::Running);
+        lab.machine.stop(soon()).unwrap();
     }
 
     #[test]
@@ -537,7 +569,7 @@ mod tests {
     #[test]
     fn machine_has_no_standby_when_there_is_no_memory_for_it() {
         let lab = Lab::new(GUEST);
-        lab.budget.set_limit(Some(0));
+        lab.budget.set_limits(Some(0), None);
         lab.prepare().unwrap();
         assert!(lab.event().starts_with("plain: a standby would need"));
         assert_eq!(lab.machine.state(), State::Poweroff);

@@ -72,6 +72,13 @@ impl HostServices for Services {
         }
     }
 
+    fn preparation_wanted(&self, machine: &str, reason: &str) {
+        if let Some(machine) = self.machine(machine) {
+            tracing::info!(machine = machine.name(), reason, "its next restore is prepared again");
+            machine.notify_idle_work();
+        }
+    }
+
     fn max_level(&self) -> LogLevel {
         logging::max_level()
     }

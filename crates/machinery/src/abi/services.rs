@@ -77,6 +77,10 @@ impl ServicesAbi for ServicesOfHost {
     fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>) {
         guarded_quiet((), || self.0.preparation_invalidated(&kept(machine), &kept(reason)));
     }
+
+    fn preparation_wanted(&self, machine: RStr<'_>, reason: RStr<'_>) {
+        guarded_quiet((), || self.0.preparation_wanted(&kept(machine), &kept(reason)));
+    }
 }
 
 struct HostOfPlugin(ServicesObject);
@@ -108,6 +112,10 @@ impl HostServices for HostOfPlugin {
 
     fn preparation_invalidated(&self, machine: &str, reason: &str) {
         self.0.preparation_invalidated(machine.into(), reason.into());
+    }
+
+    fn preparation_wanted(&self, machine: &str, reason: &str) {
+        self.0.preparation_wanted(machine.into(), reason.into());
     }
 
     fn max_level(&self) -> LogLevel {

@@ -100,6 +100,10 @@ mod sabi {
         /// The last method of interface 1.0. A new method is added at the end, with a default that does nothing.
         #[sabi(last_prefix_field)]
         fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>);
+        /// Since 1.1.
+        fn preparation_wanted(&self, machine: RStr<'_>, reason: RStr<'_>) {
+            let _ = (machine, reason);
+        }
     }
 }
 

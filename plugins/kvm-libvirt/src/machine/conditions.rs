@@ -12,11 +12,8 @@ impl Machine {
     /// Returns the reason why the configuration allows no standby, if it does not.
     pub(super) fn no_standby_reason(&self) -> Option<&'static str> {
         match self.keys.standby {
-            Standby::On => None,
+            Standby::On | Standby::Auto => None,
             Standby::Off => Some("standby is off"),
-            Standby::Auto => {
-                Some("a standby holds all of the guest's memory; set standby: on to have it nevertheless")
-            }
         }
     }
 

@@ -163,7 +163,8 @@ impl Machine {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
             return Ok(Outcome::Unavailable(why.to_owned()));
         }
-        let share = match self.shared.budget.take(domain::max_memory(domain)?) {
+        let memory = domain::max_memory(domain)?;
+        let share = match self.shared.budget.take(self.name(), self.keys.standby, memory) {
             Ok(share) => share,
             Err(why) => return Ok(Outcome::Unavailable(why)),
         };

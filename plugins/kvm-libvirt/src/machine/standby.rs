@@ -141,6 +141,19 @@ impl Machine {
         }
     }
 
+    /// Ends the standby whose memory is needed. It waits for no other action.
+    ///
+    /// # Errors
+    /// libvirt cannot end the standby; another action is under way.
+    pub(super) fn give_back(&self, why: &str, deadline: Deadline) -> Result<()> {
+        let take = |state: &mut MachineState| Ok(state.standby.take());
+        let begun = self.work.begin(Operation::Discarding, Deadline::after(Duration::ZERO), take)?;
+        let (_discarding, Some(_standby)) = begun else { return Ok(()) };
+        let ended = self.end_standby(deadline);
+        self.report_no_standby(why);
+        ended
+    }
+
     /// Ends the standby in a thread of its own, and asks the host for another one.
     pub(super) fn replace_standby(self: &Arc<Self>, why: &str) {
         match &mut self.lock().standby {

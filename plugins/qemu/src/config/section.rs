@@ -34,6 +34,9 @@ pub struct Section {
     standby: Standby,
     #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
     pub standby_memory_limit: Option<u64>,
+    /// The memory that automatic standbys leave free, in bytes.
+    #[serde(deserialize_with = "parse_bytes")]
+    pub standby_memory_reserve: Option<u64>,
     /// True if machines have a console.
     console: bool,
     pub jail: JailMode,

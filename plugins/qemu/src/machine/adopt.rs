@@ -170,7 +170,11 @@ impl Machine {
         if let Some(template) = self.template(&identity) {
             self.set_instant(template.disk);
         }
-        let share = self.shared.budget.take(memory).map_err(Error::environment)?;
+        let share = self
+            .shared
+            .budget
+            .hold(self.name(), self.files().prepare.standby, memory)
+            .map_err(Error::environment)?;
         run.set_standby(self.readiness.without_standby(), share, record);
         let standby = Standby::new(run, then, ram, memory);
         match standby.stale_reason(&identity) {
@@ -212,7 +216,7 @@ mod tests {
     use machinery_backend::jail::JailMode;
     use machinery_backend::process::ProcessIdentity;
     use machinery_backend::sync::lock;
-    use machinery_backend::{Budget, DiskSpace, QemuImg};
+    use machinery_backend::{Budget, DiskSpace, QemuImg, Standby as StandbyMode};
     use rustix::process::{Pid, Signal, kill_process};
     use tempfile::TempDir;
 
@@ -318,7 +322,7 @@ mod tests {
             shared_templates: SharedTemplates::default(),
             has_cells: AtomicBool::new(false),
             peers: Peers::default(),
-            budget: Budget::new(Some(MEMORY)),
+            budget: Budget::new(Some(MEMORY), Some(0)),
             space: DiskSpace::new(FreeSpaceReserve::default()),
             host: Host::detached(),
         };
@@ -347,7 +351,10 @@ mod tests {
         let left = Left::new(Progress::Standby, "paused");
         assert!(!left.adopt().unwrap());
         assert_eq!(left.machine.work.lock().standby.as_ref().map(|standby| standby.memory()), Some(MEMORY));
-        assert!(left.machine.shared.budget.take(1).is_err(), "it has its share of the memory");
+        assert!(
+            left.machine.shared.budget.take("m", StandbyMode::On, 1).is_err(),
+            "it has its share of the memory"
+        );
         left.machine.leave(soon()).unwrap();
         assert!(!left.has_standby() && left.is_alive());
         assert_eq!(left.progress(), Some(Progress::Standby));

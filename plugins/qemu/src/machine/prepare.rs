@@ -114,7 +114,9 @@ impl Preparation<'_> {
             // The overlays of a standby would replace the kept overlays of the last run.
             return Ok(machine.without_standby("no standby, because disposable disks are kept".to_owned()));
         }
-        let share = match machine.shared.budget.take(self.likely_memory(&identity, template.as_ref())?) {
+        let memory = self.likely_memory(&identity, template.as_ref())?;
+        let share = match machine.shared.budget.take(machine.name(), machine.files().prepare.standby, memory)
+        {
             Ok(share) => share,
             Err(why) => return Ok(machine.without_standby(why)),
         };

@@ -63,6 +63,20 @@ impl Machine {
         }
     }
 
+    /// Ends the standby whose memory is needed. It waits for no other action.
+    ///
+    /// # Errors
+    /// QEMU does not end in time; another action is under way.
+    pub(super) fn give_back(&self, why: &str, deadline: Deadline) -> Result<()> {
+        let take = |state: &mut MachineState| Ok(state.standby.take());
+        let (discarding, standby) =
+            self.work.begin(Operation::Discarding, Deadline::after(Duration::ZERO), take)?;
+        if standby.is_some() {
+            self.readiness.set_reason(why.to_owned());
+        }
+        self.end_standby(&discarding, standby, deadline)
+    }
+
     fn end_standby(
         &self,
         discarding: &MachineOperation,
