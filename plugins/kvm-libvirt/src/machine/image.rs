@@ -88,7 +88,7 @@ impl Machine {
 
     fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
         self.make_overlays(source, snapshot, self.keys.image.owner(source))?;
-        self.steps().timed("load", || self.keys.image.restore(connect))
+        self.steps().timed("load", || self.keys.image.restore(connect, source))
     }
 
     /// Makes the overlays of a run, over disks at the snapshot. The marker has them first, so that no host leaves one

@@ -216,7 +216,7 @@ impl Image {
         let xml = source.overlaid(&xml, owner)?;
         // From here on there may be an unfinished image, which `remove` deletes.
         self.write_origin(UNFINISHED)?;
-        save::save(&paused, file, &xml)?;
+        save::save(&paused, file, &xml, source.format)?;
         self.write_origin(&source.state(owner)?)
     }
 
@@ -240,14 +240,13 @@ impl Image {
             .map_err(|error| Error::io("write the description of a save image to", &self.origin_file, &error))
     }
 
-    /// Starts the domain, which is off, from the image, and leaves it paused. The overlays must be made first.
+    /// Starts the domain, which is off, from the image of that source, and leaves it paused. The overlays must be made
+    /// first.
     ///
     /// # Errors
     /// The domain cannot be started. It may be in any state then.
-    pub fn restore(&self, connect: &Connect) -> Result<()> {
-        connect
-            .restore_domain_flags(self.path_text()?, None, sys::VIR_DOMAIN_SAVE_PAUSED)
-            .map_err(|error| explain("restore the domain from its save image", &error))
+    pub fn restore(&self, connect: &Connect, source: &Source) -> Result<()> {
+        save::restore_paused(connect, self.path_text()?, source.format)
     }
 
     /// Removes the image, if there is one. A file without a description is somebody else's.

@@ -11,6 +11,7 @@ use virt_sys as sys;
 
 use super::disks::{Disks, make_overlays};
 use super::overlaid::{Overlaid, Owner, overlaid};
+use super::save::Format;
 use crate::access::{Access, FileOwner, User, user_of_qemu};
 use crate::description::Description;
 use crate::domain;
@@ -26,6 +27,7 @@ pub struct Source {
     pub(super) disks: Disks,
     /// The disks, each with its overlay.
     pub overlays: Vec<Overlaid>,
+    pub(super) format: Format,
     /// The description of the origin. An image is valid if its own is equal. In the file, the owner and
     /// the identity of the disks follow.
     pub(super) origin: String,
@@ -63,8 +65,12 @@ impl Source {
         }
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
         let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
-        let origin = format!("{name}\n{created}\n{}{overlays:?}\n{files}{xml}", disks.described(name)?);
-        Ok(Source { disks, overlays, origin })
+        let connect =
+            domain.connect().map_err(|error| explain("return the connection", &error).to_string())?;
+        let format = Format::best(&connect).map_err(|error| error.to_string())?;
+        let described = disks.described(name)?;
+        let origin = format!("{name}\n{created}\n{format:?}\n{described}{overlays:?}\n{files}{xml}");
+        Ok(Source { disks, overlays, format, origin })
     }
 
     /// Returns the description with the overlays.
