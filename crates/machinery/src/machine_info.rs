@@ -42,6 +42,10 @@ pub struct MachineInfo {
     /// The machine whose snapshot this clone starts from; none for a machine that is no clone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_of: Option<String>,
+    /// The hypervisor of this machine, such as its address, if the machinery has several; none for its main one. A label
+    /// is unique within its hypervisor, and the host restores the machines of each hypervisor independently of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<String>,
 }
 
 impl MachineInfo {
@@ -70,14 +74,15 @@ impl MachineInfo {
             console: false,
             own_network: false,
             clone_of: None,
+            hypervisor: None,
         }
     }
 
     /// Returns the values that must be unique among the machines of a machinery, as (key, value). A machine in a network of
-    /// its own may have the MAC address of another.
+    /// its own may have the MAC address of another, and a machine of another hypervisor the label.
     pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         vec![
-            ("label", Some(&self.label)),
+            ("label", Some(self.label.as_str()).filter(|_| self.hypervisor.is_none())),
             ("ip", Some(&self.ip)),
             ("mac_address", self.mac_address.as_deref().filter(|_| !self.own_network)),
         ]

@@ -4,7 +4,8 @@
 //! of its own, and the caller stops waiting at the deadline. The thread goes on until the call returns: at
 //! the latest when keepalive finds the connection dead. A connection that is still being opened has no
 //! keepalive, so with a libvirtd that hangs such a thread may never end. At most [`MAX_ABANDONED`] abandoned
-//! calls may be under way; then no further call starts until some return.
+//! calls to one libvirtd may be under way; then no further call starts until some return. Each libvirtd has
+//! its own [`Calls`], so a libvirtd that hangs never uses up the calls to another one.
 //!
 //! ```text
 //!   under way ── the call returns ──▶ RETURNED
@@ -19,11 +20,12 @@ use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 
-/// The maximum number of abandoned calls that are still under way.
+/// The maximum number of abandoned calls to one libvirtd that are still under way.
 pub const MAX_ABANDONED: isize = 32;
 
-/// The number of abandoned calls that are still under way.
-static ABANDONED_CALLS: AtomicIsize = AtomicIsize::new(0);
+/// The calls to one libvirtd: the number of abandoned ones that are still under way.
+#[derive(Debug, Clone, Default)]
+pub struct Calls(Arc<AtomicIsize>);
 
 /// A call under way. Dropping it before its end abandons it: its thread goes on.
 pub struct Call<T> {
@@ -32,22 +34,24 @@ pub struct Call<T> {
 }
 
 /// Records whether a call has returned or was abandoned, whichever came first.
-#[derive(Default)]
-struct Progress(AtomicU8);
+struct Progress {
+    outcome: AtomicU8,
+    calls: Calls,
+}
 
 const RETURNED: u8 = 1;
 const ABANDONED: u8 = 2;
 
 impl Progress {
     fn returned(&self) {
-        if self.0.swap(RETURNED, Ordering::SeqCst) == ABANDONED {
-            ABANDONED_CALLS.fetch_sub(1, Ordering::SeqCst);
+        if self.outcome.swap(RETURNED, Ordering::SeqCst) == ABANDONED {
+            self.calls.0.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
     fn abandoned(&self) {
-        if self.0.swap(ABANDONED, Ordering::SeqCst) != RETURNED {
-            ABANDONED_CALLS.fetch_add(1, Ordering::SeqCst);
+        if self.outcome.swap(ABANDONED, Ordering::SeqCst) != RETURNED {
+            self.calls.0.fetch_add(1, Ordering::SeqCst);
         }
     }
 }
@@ -67,20 +71,23 @@ impl<T> Drop for Call<T> {
     }
 }
 
-impl<T: Send + 'static> Call<T> {
-    /// Starts the call in a thread of its own.
+impl Calls {
+    /// Starts a call in a thread of its own.
     ///
     /// # Errors
     /// The thread cannot be started, or too many abandoned calls have not returned.
-    pub fn start(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
-        let abandoned = ABANDONED_CALLS.load(Ordering::SeqCst);
+    pub fn start<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<Call<T>> {
+        let abandoned = self.0.load(Ordering::SeqCst);
         if abandoned >= MAX_ABANDONED {
             let reason = format!("libvirtd hangs: {abandoned} earlier calls have not returned");
             return Err(Error::environment(reason)
                 .advice("Look at libvirtd's log, and restart libvirtd (systemctl restart libvirtd)"));
         }
         let (answer, outcome) = sync_channel(1);
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress { outcome: AtomicU8::new(0), calls: self.clone() });
         let guard = ReturnGuard(Arc::clone(&progress));
         let run = move || {
             let outcome = work();
@@ -92,6 +99,24 @@ impl<T: Send + 'static> Call<T> {
         Ok(Call { outcome, progress })
     }
 
+    /// Calls `work` and waits until the deadline; `waiting_for` names the result in the error of a timeout. A call
+    /// that times out is abandoned, so use this only for calls whose late outcome does not matter.
+    ///
+    /// # Errors
+    /// The call fails; [`ErrorKind::Timeout`](machinery::ErrorKind::Timeout).
+    pub fn call_with_timeout<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        waiting_for: &str,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        deadline.check(waiting_for)?;
+        let call = self.start(work)?;
+        call.wait(deadline.remaining()).unwrap_or_else(|| Err(deadline.timeout(waiting_for)))
+    }
+}
+
+impl<T> Call<T> {
     /// Waits for the call's outcome, at most for `limit`; returns `None` if the call is still under way.
     pub fn wait(&self, limit: Duration) -> Option<Result<T>> {
         match self.outcome.recv_timeout(limit) {
@@ -115,49 +140,33 @@ pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
         .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))
 }
 
-/// Calls `work` and waits until the deadline; `waiting_for` names the result in the error of a timeout. A call
-/// that times out is abandoned, so use this only for calls whose late outcome does not matter.
-///
-/// # Errors
-/// The call fails; [`ErrorKind::Timeout`](machinery::ErrorKind::Timeout).
-pub fn call_with_timeout<T: Send + 'static>(
-    deadline: Deadline,
-    waiting_for: &str,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    deadline.check(waiting_for)?;
-    let call = Call::start(work)?;
-    call.wait(deadline.remaining()).unwrap_or_else(|| Err(deadline.timeout(waiting_for)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_driver::without_other_calls;
     use machinery::ErrorKind;
     use std::sync::mpsc::channel;
 
     #[test]
     fn call_is_abandoned_when_the_deadline_passes() {
         let (go, gone) = channel::<()>();
-        let late = call_with_timeout(Deadline::after(Duration::from_millis(5)), "nothing", move || {
+        let calls = Calls::default();
+        let late = calls.call_with_timeout(Deadline::after(Duration::from_millis(5)), "nothing", move || {
             let _ = gone.recv();
             Ok(())
         });
         assert_eq!(late.unwrap_err().kind(), ErrorKind::Timeout);
         drop(go);
-        assert_eq!(call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+        assert_eq!(calls.call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 
-    /// The test changes a count that all calls of the process share, so it waits until the count is zero again.
     #[test]
-    fn calls_are_refused_when_too_many_were_abandoned() {
-        let _alone = without_other_calls();
+    fn calls_are_refused_when_too_many_to_their_libvirtd_were_abandoned() {
+        let (calls, others) = (Calls::default(), Calls::default());
         let (go, gone) = channel::<()>();
         let gone = Arc::new(std::sync::Mutex::new(gone));
         let hang = || {
             let gone = Arc::clone(&gone);
-            call_with_timeout(Deadline::after(Duration::from_millis(1)), "nothing", move || {
+            calls.call_with_timeout(Deadline::after(Duration::from_millis(1)), "nothing", move || {
                 let _ = gone.lock().unwrap().recv();
                 Ok(())
             })
@@ -166,27 +175,31 @@ mod tests {
             .filter_map(|_| hang().err())
             .find(|error| error.kind() != ErrorKind::Timeout);
         assert!(refused.unwrap().to_string().contains("libvirtd hangs"));
-        assert!(ABANDONED_CALLS.load(Ordering::SeqCst) <= MAX_ABANDONED + 1);
+        assert!(calls.0.load(Ordering::SeqCst) <= MAX_ABANDONED + 1);
+        assert_eq!(others.call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(8)), Ok(8));
         drop(go);
-        while ABANDONED_CALLS.load(Ordering::SeqCst) > 0 {
+        while calls.0.load(Ordering::SeqCst) > 0 {
             thread::yield_now();
         }
-        assert_eq!(call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+        assert_eq!(calls.call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 
     #[test]
     fn call_is_not_started_when_the_deadline_has_passed() {
-        let error = call_with_timeout(Deadline::after(Duration::ZERO), "it", || -> Result<()> {
-            panic!("it was started")
-        });
+        let error =
+            Calls::default().call_with_timeout(Deadline::after(Duration::ZERO), "it", || -> Result<()> {
+                panic!("it was started")
+            });
         assert_eq!(error.unwrap_err().kind(), ErrorKind::Timeout);
     }
 
     #[test]
     fn call_returns_an_error_when_it_panics() {
-        let error = call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || -> Result<()> {
-            panic!("as wanted")
-        });
+        let error = Calls::default().call_with_timeout(
+            Deadline::after(Duration::from_secs(10)),
+            "it",
+            || -> Result<()> { panic!("as wanted") },
+        );
         assert_eq!(error.unwrap_err().kind(), ErrorKind::PluginMisbehaved);
     }
 }

@@ -13,7 +13,7 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 
 use crate::access::{self, Access, KVM_DEVICE, Permissions};
-use crate::compare;
+use crate::compare::{self, Described};
 use crate::config::{Config, Keys, renamed_keys_of};
 use crate::confinement;
 use crate::connection::Connection;
@@ -54,27 +54,45 @@ pub fn check(setup: &Setup, report: &mut Report) {
     if let Some(folder) = config.image_folder() {
         report.keep(expect_trusted(folder).map_err(|error| error.action("checking instant_dir")));
     }
+    let mut domains = Vec::new();
+    for dsn in config.dsns() {
+        let machines = config.machines.iter().filter(|keys| keys.dsn == dsn).cloned().collect();
+        let found = report.keep(check_libvirt(setup, dsn, machines));
+        if let Some((findings, described)) = found {
+            report.append(findings);
+            domains.extend(described);
+        }
+    }
+    compare::shared_disks(&domains).iter().for_each(|problem| report.problem(problem));
+    compare::same_domains(&domains).into_iter().for_each(|warning| report.warning(warning));
+}
+
+/// Checks one libvirt and its machines, and returns the findings and the domains.
+///
+/// # Errors
+/// libvirt cannot be reached, or does not answer.
+fn check_libvirt(setup: &Setup, dsn: &str, machines: Vec<Keys>) -> Result<(Report, Vec<Described>)> {
     let deadline = Deadline::after(CHECK_TIMEOUT);
-    let Some(connection) = report.keep(Connection::open(&config.dsn, deadline)) else { return };
-    let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
+    let connection = Connection::new(dsn);
+    connection.open(deadline)?;
+    let (file, state_dir, dsn) = (setup.config.clone(), setup.state_dir.clone(), dsn.to_owned());
     let found = connection.ask(deadline, "libvirt to describe the domains", move |connect| {
         let mut report = Report::default();
-        report.good(format!("kvm: {} at {}", versions(connect)?, config.dsn));
-        check_access(connect, &config.dsn, &mut report);
-        let labels = config.machines.iter().map(|keys| keys.info.label.as_str());
+        report.good(format!("kvm: {} at {dsn}", versions(connect)?));
+        check_access(connect, &dsn, &mut report);
+        let labels = machines.iter().map(|keys| keys.info.label.as_str());
         confinement::check(connect, labels, &mut report);
-        let warnings = [remote_limits(&config), broken_reverts(connect)].into_iter().flatten();
+        let warnings = [remote_limits(&dsn), broken_reverts(connect)].into_iter().flatten();
         warnings.for_each(|warning| report.warning(warning));
-        let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
+        let infos: Vec<&MachineInfo> = machines.iter().map(|keys| &keys.info).collect();
         infos.iter().for_each(|info| check_machine(connect, info, &file, &state_dir, &mut report));
-        let overlaid = config.machines.iter().filter(|keys| !keys.image.is_off());
+        let overlaid = machines.iter().filter(|keys| !keys.image.is_off());
         let found = overlaid.filter_map(|keys| overlay_warnings(connect, keys)).flatten();
         found.for_each(|warning| report.warning(warning));
-        compare::shared_disks(connect, &infos).iter().for_each(|problem| report.problem(problem));
-        Ok(report)
+        Ok((report, infos.iter().filter_map(|info| Described::of(connect, &dsn, info)).collect()))
     });
     connection.close(deadline);
-    report.keep(found).into_iter().for_each(|found| report.append(found));
+    found
 }
 
 /// Checks one machine.
@@ -152,8 +170,8 @@ fn console_warning(info: &MachineInfo, domain: &Domain, snapshot: Option<&Snapsh
 }
 
 /// Lists the features that a libvirt on another computer does not support.
-fn remote_limits(config: &Config) -> Option<String> {
-    let host = dsn::host(&config.dsn)?;
+fn remote_limits(dsn: &str) -> Option<String> {
+    let host = dsn::host(dsn)?;
     Some(format!(
         "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
          dumps and captures of traffic, because files and interfaces are those of {host}, which is not checked"

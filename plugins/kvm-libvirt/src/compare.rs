@@ -95,19 +95,47 @@ fn differences(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
     found
 }
 
-/// Reports disks that two machines write to, or that one machine writes to and another is based on.
-pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> {
-    if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
-        return Vec::new();
-    }
-    let defined = |info: &&MachineInfo| {
-        let domain = domain::domain(connect, &info.label).ok()?;
-        Some((info.name.clone(), domain::defined(&domain).ok()?))
-    };
-    shared(&machines.iter().filter_map(defined).collect::<Vec<_>>())
+/// The domain of a machine, to be compared with those of other machines.
+pub struct Described {
+    machine: String,
+    dsn: String,
+    uuid: String,
+    /// None if its files are on another computer.
+    description: Option<Description>,
 }
 
-fn shared(machines: &[(String, Description)]) -> Vec<Error> {
+impl Described {
+    /// Describes the machine's domain; `None` if libvirt cannot.
+    pub fn of(connect: &Connect, dsn: &str, info: &MachineInfo) -> Option<Described> {
+        let domain = domain::domain(connect, &info.label).ok()?;
+        let uuid = domain::uuid(&domain).ok()?;
+        let description = is_local(dsn).then(|| domain::described(&domain)).transpose().ok()?;
+        Some(Described { machine: info.name.clone(), dsn: dsn.to_owned(), uuid, description })
+    }
+}
+
+/// Warns of two machines whose domains have one UUID: two addresses may be those of the same libvirt.
+pub fn same_domains(domains: &[Described]) -> Vec<String> {
+    let mut seen = BTreeMap::new();
+    let twins = domains.iter().filter_map(|domain| Some((seen.insert(&domain.uuid, domain)?, domain)));
+    let warning = |(one, other): (&Described, &Described)| {
+        format!(
+            "machine '{}': its domain at {} has the UUID of the domain of machine '{}' at {}. If both are addresses of the \
+             same libvirt, the machines have one domain, and disturb each other. Remove one of them then",
+            other.machine, other.dsn, one.machine, one.dsn
+        )
+    };
+    twins.map(warning).collect()
+}
+
+/// Reports disks that two machines write to, or that one machine writes to and another is based on.
+pub fn shared_disks(domains: &[Described]) -> Vec<Error> {
+    let local =
+        domains.iter().filter_map(|domain| Some((domain.machine.as_str(), domain.description.as_ref()?)));
+    shared(&local.collect::<Vec<_>>())
+}
+
+fn shared(machines: &[(&str, &Description)]) -> Vec<Error> {
     let mut writers: BTreeMap<PathBuf, &str> = BTreeMap::new();
     let mut found = Vec::new();
     let error = |file: &PathBuf, name: &str, other: &str, how: &str| {
@@ -138,7 +166,7 @@ fn shared(machines: &[(String, Description)]) -> Vec<Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_driver::{TestDomain, connect};
+    use crate::test_driver::{DSN, TestDomain, connect};
     use machinery::config::MachineConfig;
 
     fn info() -> MachineInfo {
@@ -224,11 +252,18 @@ mod tests {
             label: name.to_owned(),
             ..info()
         });
-        let found = shared_disks(&test[0].connect, &infos.iter().collect::<Vec<_>>());
+        let described = |info| Described::of(&test[0].connect, DSN, info);
+        let mut domains: Vec<_> = infos.iter().filter_map(described).collect();
+        assert_eq!(same_domains(&domains), [""; 0]);
+        let found = shared_disks(&domains);
         let [problem] = &found[..] else { panic!("{found:?}") };
         assert!(
             problem.to_string().contains("machine 'compare-b': its domain writes to the disk /none/shared")
         );
+        domains.extend(Described::of(&test[0].connect, "test+tcp://lab/default", &infos[0]));
+        let [twin] = &same_domains(&domains)[..] else { panic!("not one twin") };
+        assert!(twin.contains(DSN) && twin.contains("test+tcp://lab/default"), "{twin}");
+        assert_eq!(shared_disks(&domains).len(), 1, "the files of another computer are not compared");
     }
 
     #[test]
@@ -239,16 +274,16 @@ mod tests {
             );
             Description::read(&xml).unwrap()
         };
-        let named = |name: &str, domain| (name.to_owned(), domain);
-        assert_eq!(shared(&[named("a", domain("/d/a", "")), named("b", domain("/d/b", ""))]), []);
-        let found = shared(&[named("a", domain("/d/a", "")), named("b", domain("/d/a", ""))]);
+        let [one, other] = ["/d/a", "/d/b"].map(|path| domain(path, ""));
+        assert_eq!(shared(&[("a", &one), ("b", &other)]), []);
+        let found = shared(&[("a", &one), ("b", &one)]);
         assert!(
             found[0].to_string().starts_with("machine 'b': its domain writes to the disk /d/a"),
             "{found:?}"
         );
         let shareable = domain("/d/a", "<shareable/>");
-        assert_eq!(shared(&[named("a", shareable.clone()), named("b", shareable)]), []);
+        assert_eq!(shared(&[("a", &shareable), ("b", &shareable)]), []);
         let readonly = domain("/d/a", "<readonly/>");
-        assert_eq!(shared(&[named("a", readonly.clone()), named("b", readonly)]), []);
+        assert_eq!(shared(&[("a", &readonly), ("b", &readonly)]), []);
     }
 }

@@ -48,6 +48,9 @@ struct OwnKeys {
     label: String,
     #[serde(default, deserialize_with = "empty_as_none")]
     snapshot: Option<String>,
+    /// The address of the domain's libvirt, if it is not the machinery's.
+    #[serde(default, deserialize_with = "empty_as_none")]
+    dsn: Option<String>,
 }
 
 /// This machinery's section of `machinery-host.yaml`.
@@ -88,8 +91,22 @@ fn local() -> String {
     "qemu:///system".to_owned()
 }
 
+impl KvmFile {
+    /// Returns the address of the libvirt of that machine.
+    fn dsn_of<'a>(&'a self, machine: &'a Configured<OwnKeys>) -> &'a str {
+        machine.own.dsn.as_deref().unwrap_or(&self.dsn)
+    }
+
+    /// Reports whether the interface of all machines is needed on this computer.
+    fn needs_interface(&self) -> bool {
+        let needs = |machine| is_local(self.dsn_of(machine)) && machine.shared.interface.is_none();
+        is_local(&self.dsn) || self.machines.iter().any(needs)
+    }
+}
+
 /// The checked configuration.
 pub struct Config {
+    /// The address of the libvirt of machines that name none.
     pub dsn: String,
     pub machines: Vec<Keys>,
     /// The maximum memory of all standbys together, in bytes, if it is configured.
@@ -106,6 +123,10 @@ pub struct Config {
 pub struct Keys {
     /// Its `label` is the name of the domain.
     pub info: MachineInfo,
+    /// The address of the domain's libvirt.
+    pub dsn: String,
+    /// The domain, with the address of its libvirt: unique among all machines.
+    domain: String,
     /// Which standby the machine has, if any.
     pub standby: Standby,
     pub image: Image,
@@ -114,6 +135,12 @@ pub struct Keys {
 impl MachineKeys for Keys {
     fn info(&self) -> &MachineInfo {
         &self.info
+    }
+
+    fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
+        let mut unique = self.info.unique();
+        unique.push(("label", Some(&self.domain)));
+        unique
     }
 }
 
@@ -137,25 +164,40 @@ impl Config {
     }
 
     fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
-        // A libvirt on another host would write its save images there.
-        let instant = if is_local(&file.dsn) { section.instant } else { InstantMode::Off };
         let instant_dir = section.instant_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
+        // A libvirt on another host would write its save images there.
+        let instant_at = |dsn: &str| if is_local(dsn) { section.instant } else { InstantMode::Off };
         let keys = |machine: &Configured<OwnKeys>| {
-            let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
-            let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
-            let info = MachineInfo { console: section.has_console(name), ..info };
+            let (name, dsn, own) = (&machine.name, file.dsn_of(machine), machine.own.clone());
+            let info = MachineInfo::new(name, &machine.shared, own.label, own.snapshot, &file.interface);
+            let hypervisor = Some(dsn.to_owned()).filter(|dsn| *dsn != file.dsn);
+            let info = MachineInfo { console: section.has_console(name), hypervisor, ..info };
             let overlay = file.overlay_of(&info.label);
-            let image = Image::of(name, instant, &instant_dir, overlay).of_host(dsn::host(&file.dsn));
-            Keys { info, standby: section.standby_of(name), image }
+            let image = Image::of(name, instant_at(dsn), &instant_dir, overlay).of_host(dsn::host(dsn));
+            let (domain, dsn) = (format!("{} at {dsn}", info.label), dsn.to_owned());
+            Keys { info, dsn, domain, standby: section.standby_of(name), image }
         };
+        let machines: Vec<Keys> = file.machines.iter().map(keys).collect();
+        let is_any_local = is_local(&file.dsn) || machines.iter().any(|keys| is_local(&keys.dsn));
         Config {
             dsn: file.dsn.clone(),
-            machines: file.machines.iter().map(keys).collect(),
+            machines,
             standby_memory_limit: section.standby_memory_limit,
             standby_memory_reserve: section.standby_memory_reserve,
-            instant,
+            instant: if is_any_local { section.instant } else { InstantMode::Off },
             instant_dir,
         }
+    }
+
+    /// Returns the addresses of all libvirts, each once: those of the machines, or else that of the machinery.
+    pub fn dsns(&self) -> Vec<&str> {
+        let mut dsns: Vec<&str> = self.machines.iter().map(|keys| keys.dsn.as_str()).collect();
+        if dsns.is_empty() {
+            dsns.push(&self.dsn);
+        }
+        dsns.sort_unstable();
+        dsns.dedup();
+        dsns
     }
 
     /// Returns the folder for save images, unless they are off.
@@ -222,37 +264,50 @@ fn unusable_overlay_folder(kvm: &KvmFile, file: &ConfigFile) -> Option<Error> {
 
 /// Reports all problems of `kvm.yaml`.
 fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
-    let mut problems = Vec::new();
-    if !kvm.dsn.contains("://") {
-        let reason = format!("'{}' is not a URI of libvirt", kvm.dsn);
-        problems.push(file.error(&["dsn"], reason).advice("libvirt of this machine is qemu:///system"));
-    }
+    let mut problems: Vec<Error> = no_uri(file, &["dsn"], &kvm.dsn).into_iter().collect();
     // The interfaces of another computer cannot be checked.
-    let is_local = is_local(&kvm.dsn);
-    if is_local {
+    if kvm.needs_interface() {
         problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
         problems.extend(unusable_overlay_folder(kvm, file));
     }
     for machine in kvm.machines.iter() {
-        if let Some(interface) = machine.shared.interface.as_ref().filter(|_| is_local) {
-            let key = ["machines", &machine.name, "interface"];
-            problems.extend(expect_interface(file, &key, interface).err());
+        let key = |key: &'static str| ["machines", &machine.name, key];
+        problems.extend(machine.own.dsn.as_ref().and_then(|dsn| no_uri(file, &key("dsn"), dsn)));
+        if let Some(interface) = machine.shared.interface.as_ref().filter(|_| is_local(kvm.dsn_of(machine))) {
+            problems.extend(expect_interface(file, &key("interface"), interface).err());
         }
         if machine.own.label.is_empty() {
-            let key = ["machines", &machine.name, "label"];
             problems.push(
-                file.error(&key, "the label is empty")
+                file.error(&key("label"), "the label is empty")
                     .advice("Give the domain's name; `virsh list --all` shows them"),
             );
         }
     }
     problems.extend(kvm.machines.duplicates(file, |machine| {
-        vec![
-            ("ip", Some(&machine.shared.ip)),
-            ("label", Some(&machine.own.label)),
-            ("mac_address", machine.shared.mac_address.as_deref()),
-        ]
+        vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
     }));
+    problems.extend(same_domains(kvm, file));
+    problems
+}
+
+fn no_uri(file: &ConfigFile, key: &[&str], dsn: &str) -> Option<Error> {
+    let reason = format!("'{dsn}' is not a URI of libvirt");
+    (!dsn.contains("://"))
+        .then(|| file.error(key, reason).advice("libvirt of this machine is qemu:///system"))
+}
+
+/// Reports domains that two machines have. A label is unique in its libvirt.
+fn same_domains(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
+    let mut seen = BTreeMap::new();
+    let mut problems = Vec::new();
+    for machine in kvm.machines.iter() {
+        let label = &machine.own.label;
+        if let Some(other) = seen.insert((kvm.dsn_of(machine), label), &machine.name) {
+            let reason = format!("'{label}' is already the label of machine '{other}'");
+            let error = file.error(&["machines", &machine.name, "label"], reason);
+            problems.push(error.advice("Give each machine its own label"));
+        }
+    }
     problems
 }
 

@@ -9,7 +9,7 @@
 //!           the domains' states
 //! ```
 //!
-//! One connection brings the events of all machines ([`event_connection`]). Calls use other connections, from
+//! One connection brings the events of all domains ([`event_connection`]). Calls use other connections, from
 //! a [`Pool`], each for one call at a time. There are two reasons:
 //!
 //! - libvirtd stops reading from a connection with five requests under way (`max_client_requests` in its
@@ -35,12 +35,15 @@ use machinery::{Deadline, Error, Result};
 use machinery_backend::sync::lock;
 use virt::connect::Connect;
 
-use crate::call::{self, Call};
+use crate::call::{Call, Calls};
 use event_connection::{ConnectionState, EventConnection, shut_down};
 use pool::{Pool, answers};
 
-/// The maximum time that an action waits for a libvirtd that is away.
+/// The time since the loss for which actions wait for a libvirtd that is away.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// The time that an action waits for a libvirtd that has been away for longer. It may be back, and the next attempt to
+/// connect notices that.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// The time that libvirtd has to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -48,6 +51,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Connection {
     events: Arc<EventConnection>,
     pool: Arc<Pool>,
+    calls: Calls,
     /// Disconnected when the reconnect thread has ended.
     reconnect_thread: Mutex<Option<Receiver<()>>>,
 }
@@ -63,20 +67,25 @@ enum Asked<T, W> {
 }
 
 impl Connection {
+    /// Makes a connection that is not open yet.
+    pub fn new(dsn: &str) -> Arc<Connection> {
+        let events = EventConnection::new(dsn);
+        let (pool, calls, reconnect_thread) = (Arc::clone(&events.pool), Calls::default(), Mutex::new(None));
+        Arc::new(Connection { events, pool, calls, reconnect_thread })
+    }
+
     /// Connects for the first time.
     ///
     /// # Errors
     /// libvirt cannot be reached, or refuses this user.
-    pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Connection>> {
-        let events = EventConnection::new(dsn);
-        let opening = Arc::clone(&events);
-        let waiting_for = format!("a connection to libvirt at {dsn}");
-        call::call_with_timeout(deadline, &waiting_for, move || opening.connect())?;
-        let pool = Arc::clone(&events.pool);
-        Ok(Arc::new(Connection { events, pool, reconnect_thread: Mutex::new(None) }))
+    pub fn open(&self, deadline: Deadline) -> Result<()> {
+        let opening = Arc::clone(&self.events);
+        let waiting_for = format!("a connection to libvirt at {}", self.dsn());
+        let opened = self.calls.call_with_timeout(deadline, &waiting_for, move || opening.connect());
+        opened.inspect_err(|error| self.events.mark_unreachable(error.reason()))
     }
 
-    /// Subscribes `listener` to the events, and keeps the connection open.
+    /// Subscribes `listener` to the events, and keeps the connection open: opens it if it is lost.
     ///
     /// # Errors
     /// The system cannot start another thread.
@@ -85,6 +94,21 @@ impl Connection {
         let thread_ends = reconnect::start(&self.events)?;
         *lock(&self.reconnect_thread) = Some(thread_ends);
         Ok(())
+    }
+
+    /// Reports whether there is a listener.
+    pub fn is_listened_to(&self) -> bool {
+        lock(&self.reconnect_thread).is_some()
+    }
+
+    /// Reports whether the connection is open, as far as is known.
+    pub fn is_open(&self) -> bool {
+        self.events.is_open()
+    }
+
+    /// Returns the calls to this libvirtd.
+    pub fn calls(&self) -> &Calls {
+        &self.calls
     }
 
     /// Returns the dsn.
@@ -105,7 +129,7 @@ impl Connection {
         loop {
             let number = self.wait_for_open(deadline)?;
             let pool = Arc::clone(&self.pool);
-            let asked = call::call_with_timeout(deadline, waiting_for, move || {
+            let asked = self.calls.call_with_timeout(deadline, waiting_for, move || {
                 let connect = match pool.connection(number) {
                     Ok(connect) => connect,
                     Err(failure) if failure.is_gone => {
@@ -138,7 +162,8 @@ impl Connection {
     /// The connection does not come back in time.
     fn wait_for_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
-        let timeout = deadline.within(RECONNECT_TIMEOUT);
+        let away_for = self.events.lock().lost_at.map_or(RECONNECT_TIMEOUT, |at| at.elapsed());
+        let timeout = deadline.within(RECONNECT_TIMEOUT.saturating_sub(away_for).max(ATTEMPT_TIMEOUT));
         let is_lost = |connection: &ConnectionState| matches!(connection, ConnectionState::Lost(_));
         let state = self.events.wait_while(timeout, |state| is_lost(&state.connection));
         match &state.connection {
@@ -171,7 +196,7 @@ impl Connection {
             (state.dead.take(), state.listener.take())
         };
         let pool = Arc::clone(&self.pool);
-        let closing = Call::start(move || {
+        let closing = self.calls.start(move || {
             drop((closed, dead, listener));
             pool.clear();
             Ok(())
@@ -217,7 +242,7 @@ impl Connection {
         work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
         let pool = Arc::clone(&self.pool);
-        Call::start(move || {
+        self.calls.start(move || {
             let begun = Instant::now();
             let connect = pool.connection(number).map_err(|failure| failure.error)?;
             opened(begun.elapsed());
@@ -251,9 +276,9 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::MAX_ABANDONED;
     use crate::errors::explain;
     use crate::events::Event;
-    use crate::test_driver::without_other_calls;
     use machinery_testkit::libvirt::Libvirtd;
     use rustix::process::Signal;
     use std::fs;
@@ -261,9 +286,9 @@ mod tests {
     struct NullListener;
 
     impl Listener for NullListener {
-        fn on_event(&self, _: &str, _: Event) {}
-        fn on_connection_lost(&self, _: &str) {}
-        fn on_reconnected(&self, _: &Connect) {}
+        fn on_event(&self, _: &str, _: &str, _: Event) {}
+        fn on_connection_lost(&self, _: &str, _: &str) {}
+        fn on_reconnected(&self, _: &str, _: &Connect) {}
     }
 
     fn soon() -> Deadline {
@@ -284,10 +309,10 @@ mod tests {
 
     #[test]
     fn connection_holds_no_more_threads_and_files_when_libvirtd_hangs_longer() {
-        let _alone = without_other_calls();
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
-        let connection = Connection::open(&libvirtd.dsn(), soon()).unwrap();
+        let connection = Connection::new(&libvirtd.dsn());
+        connection.open(soon()).unwrap();
         connection.listen(Arc::new(NullListener)).unwrap();
         version(&connection).unwrap();
         let (threads, files) = resources();
@@ -300,7 +325,7 @@ mod tests {
             // The call is abandoned at once.
             let _ = connection.long_call(at_once(), |_| (), |_| Ok(()));
         }
-        let most = usize::try_from(call::MAX_ABANDONED).unwrap() + 2;
+        let most = usize::try_from(MAX_ABANDONED).unwrap() + 2;
         assert!(resources().0 <= threads + most, "{:?} after {threads}", resources());
         // Keepalive finds the connection and its calls dead.
         while connection.events.lock().attempts == 0 {

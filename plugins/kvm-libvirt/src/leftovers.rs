@@ -42,6 +42,8 @@ const PREFIX: &str = "machinery";
 #[derive(Debug, Clone)]
 pub struct RunMarker {
     path: PathBuf,
+    /// The address of the libvirt that later runs are of.
+    dsn: Option<String>,
     /// The content of the file, or the content that could not be written.
     run: Arc<Mutex<Option<Run>>>,
 }
@@ -67,12 +69,25 @@ struct Run {
     /// The owners of the files below the overlays, if libvirt gives these files to QEMU's user and does not give them back.
     #[serde(default)]
     owners: Vec<FileOwner>,
+    /// The address of the domain's libvirt; an older host has not recorded it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dsn: Option<String>,
 }
 
 impl RunMarker {
     /// Returns the marker of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
-        RunMarker { path: state_dir.join(format!("{machine}{SUFFIX}")), run: Arc::default() }
+        RunMarker { path: state_dir.join(format!("{machine}{SUFFIX}")), dsn: None, run: Arc::default() }
+    }
+
+    /// Returns the marker of a machine whose domain is at that libvirt.
+    pub fn of_libvirt(self, dsn: &str) -> Self {
+        RunMarker { dsn: Some(dsn.to_owned()), ..self }
+    }
+
+    /// Returns the address of the libvirt of the recorded run, if it is recorded.
+    pub fn recorded_dsn(&self) -> Option<String> {
+        self.read()?.dsn
     }
 
     /// Records that the domain is about to be started.
@@ -90,6 +105,7 @@ impl RunMarker {
             resumed: None,
             overlays: Vec::new(),
             owners: Vec::new(),
+            dsn: self.dsn.clone(),
         });
         Ok(())
     }
@@ -193,10 +209,14 @@ impl RunMarker {
         Ok(())
     }
 
-    /// Returns the markers in that folder that belong to machines which are not known.
-    pub fn others(state_dir: &Path, is_known: impl Fn(&str) -> bool) -> Vec<RunMarker> {
-        let machines = files::stems(state_dir, SUFFIX).into_iter().filter(|name| !is_known(name));
-        machines.map(|name| RunMarker::of(&name, state_dir)).collect()
+    /// Returns the markers in that folder whose runs are of no machine: `dsn_of` returns the address of a machine's libvirt.
+    pub fn orphans(state_dir: &Path, dsn_of: impl Fn(&str) -> Option<String>) -> Vec<RunMarker> {
+        let marker = |name: String| {
+            let (known, marker) = (dsn_of(&name), RunMarker::of(&name, state_dir));
+            let recorded = marker.recorded_dsn();
+            (known.is_none() || recorded.is_some() && recorded != known).then_some(marker)
+        };
+        files::stems(state_dir, SUFFIX).into_iter().filter_map(marker).collect()
     }
 
     /// Removes the marker and the overlays: the run has ended.
@@ -263,6 +283,7 @@ mod tests {
             resumed: None,
             overlays: Vec::new(),
             owners: Vec::new(),
+            dsn: None,
         };
         marker().write(run.clone());
         assert_eq!(marker().read(), Some(run));
@@ -283,6 +304,7 @@ mod tests {
             resumed: None,
             overlays: Vec::new(),
             owners: Vec::new(),
+            dsn: None,
         };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
@@ -375,6 +397,7 @@ mod tests {
             boot,
             marked: false,
             resumed: None,
+            dsn: None,
             overlays: Vec::new(),
             owners: Vec::new(),
         };

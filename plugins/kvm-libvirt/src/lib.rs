@@ -9,7 +9,7 @@
 //! a limit, so each runs in a thread of its own and the caller waits until its deadline.
 //!
 //! ```text
-//!   the host's calls ─▶ machine ─▶ connection ─▶ call (a thread) ─▶ libvirtd
+//!   the host's calls ─▶ machine ─▶ connection ─▶ call (a thread) ─▶ libvirtd, one of several
 //!   the host ◀─ state_changed ◀─ machine ◀─ connection ◀─ events (one thread) ◀─ libvirtd
 //! ```
 //!
@@ -26,7 +26,8 @@
 //! | `foreign` | foreign work: changes by somebody else, which automatic work never destroys |
 //! | `inspect` | memory dump and screenshot |
 //! | `console` | the console of a running domain |
-//! | `connection`, `dsn` | the connection to libvirt, which survives a restart of libvirtd, and its address |
+//! | `connection`, `dsn` | the connection to a libvirt, which survives a restart of libvirtd, and its address |
+//! | `connections` | the connections to all libvirts of the configuration |
 //! | `call` | calls with a timeout |
 //! | `events`, `prepare/save`, `console`, `errno` | libvirt's event loop, saving to a file, the console, the system's errors: all `unsafe` code |
 //! | `states`, `errors` | the meaning of libvirt's states, events and errors |
@@ -40,6 +41,7 @@ mod compare;
 mod config;
 mod confinement;
 mod connection;
+mod connections;
 mod console;
 mod description;
 mod domain;

@@ -104,17 +104,17 @@ impl Backend for Machine {
     fn dump_memory(self: &Arc<Self>, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         self.ensure_visible()?;
         let progress = |fraction| self.shared.host.progress(self.name(), fraction);
-        inspect::dump_memory(&self.shared.connection, self.label(), path, format, &progress, deadline)
+        inspect::dump_memory(&self.connection, self.label(), path, format, &progress, deadline)
     }
 
     fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {
         self.ensure_visible()?;
-        inspect::screenshot(&self.shared.connection, self.label(), path, deadline)
+        inspect::screenshot(&self.connection, self.label(), path, deadline)
     }
 
     fn console(self: &Arc<Self>, deadline: Deadline) -> Result<OwnedFd> {
         self.ensure_visible()?;
-        console::connect(&self.shared.connection, self.label(), deadline)
+        console::connect(&self.connection, self.label(), deadline)
     }
 
     fn prepare(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
@@ -140,7 +140,7 @@ impl Backend for Machine {
     fn adopt(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
         let machine = Arc::clone(self);
         let adopt = move |connect: &Connect| machine.adopt_run(connect);
-        self.shared.connection.ask(deadline, "libvirt to find the domain", adopt)
+        self.connection.ask(deadline, "libvirt to find the domain", adopt)
     }
 
     fn hand_over(self: &Arc<Self>, deadline: Deadline) -> Result<()> {

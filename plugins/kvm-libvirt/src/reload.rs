@@ -5,16 +5,17 @@
 //! that it is refused while libvirt is away. Until the commit, libvirt's events still go to the machines that are
 //! replaced.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use machinery::{Capabilities, Deadline, Diagnosis, Error, Host, Report, Result, Setup};
-use machinery_backend::{Budget, MachineSet, ReloadPlan, Reloadable, Shared, expect_unchanged};
+use machinery_backend::{Budget, MachineSet, ReloadPlan, Reloadable, Shared};
 use virt::connect::Connect;
 
 use crate::check;
 use crate::config::{Config, Keys, renamed_keys_of};
-use crate::connection::Listener;
+use crate::connection::{Connection, Listener};
+use crate::connections;
 use crate::events::Event;
 use crate::machine::Machine;
 use crate::shared::Kvm;
@@ -55,7 +56,21 @@ impl Shared for Kvm {
     }
 
     fn version(&self, deadline: Deadline) -> Result<String> {
-        self.connection.ask(deadline, "libvirt to report its version", check::versions)
+        let versions = connections::for_each(&self.connections.all(), |connection| {
+            let version = connection.ask(deadline, "libvirt to report its version", check::versions)?;
+            Ok((connection.dsn().to_owned(), version))
+        });
+        let (known, failures): (Vec<_>, Vec<_>) = versions.into_iter().partition(Result::is_ok);
+        match &known.into_iter().flatten().collect::<Vec<_>>()[..] {
+            [] => Err(Error::all(failures.into_iter().filter_map(Result::err).collect())
+                .unwrap_or_else(|| Error::failed("no machine is configured"))),
+            [(_, version)] if failures.is_empty() => Ok(version.clone()),
+            known => Ok(known
+                .iter()
+                .map(|(dsn, version)| format!("{version} at {dsn}"))
+                .collect::<Vec<_>>()
+                .join("; ")),
+        }
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -69,27 +84,28 @@ impl Shared for Kvm {
     }
 
     fn end_leftovers(&self, machines: &[Arc<Machine>], deadline: Deadline) -> Result<()> {
-        for_each(self, machines, deadline, Machine::end_leftover_run)
+        // The start of a machine ends its leftover, too.
+        let reached: Vec<_> =
+            machines.iter().filter(|machine| machine.connection().is_open()).cloned().collect();
+        for_each(&reached, deadline, Machine::end_leftover_run)
     }
 
     fn ready(
         self: &Arc<Self>,
         machines: &Arc<MachineSet<Machine>>,
         _config: Config,
-        deadline: Deadline,
+        _deadline: Deadline,
     ) -> Result<()> {
-        if let Err(error) = self.end_orphans(|name| machines.find(name).is_ok(), deadline) {
-            tracing::warn!(%error, "runs of machines that are not configured remain");
-        }
-        self.connection.listen(Arc::new(Machines(Arc::clone(machines))))
-    }
-
-    fn expect_unchanged(&self, setup: &Setup, config: &Config) -> Result<()> {
-        expect_unchanged(Some(&setup.config), &["dsn"], self.connection.dsn(), &config.dsn)
+        self.connections.listen(Arc::new(Machines(Arc::downgrade(machines))))
     }
 
     fn get_ready(&self, config: &Config, plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-        for_each(self, &plan.added, deadline, Machine::find)?;
+        let connections: Vec<_> =
+            by_connection(&plan.added).into_iter().map(|(connection, _)| connection).collect();
+        let added =
+            connections::for_each(&connections, |connection| self.connections.add(connection, deadline));
+        Error::all(added.into_iter().filter_map(Result::err).collect()).map_or(Ok(()), Err)?;
+        for_each(&plan.added, deadline, Machine::find)?;
         config.image_folder().map_or(Ok(()), |folder| self.images.open(folder))
     }
 
@@ -102,13 +118,31 @@ impl Shared for Kvm {
             }
         }
         self.images.close_unused(&images);
+        let is_used = |connection: &Connection| {
+            machines.iter().any(|machine| machine.connection().dsn() == connection.dsn())
+        };
+        self.connections.close_unused(is_used, Deadline::after(CLOSE_TIMEOUT));
     }
 
     fn diagnose(&self, machines: &[Arc<Machine>], deadline: Deadline) -> Result<Vec<Diagnosis>> {
-        let infos: Vec<_> = machines.iter().map(|machine| machine.info().clone()).collect();
-        self.connection.ask(deadline, "libvirt to describe the domains", move |connect| {
-            Ok(infos.iter().map(|info| check::diagnose(connect, info)).collect())
-        })
+        let groups = by_connection(machines);
+        let diagnosed = connections::for_each(&groups, |(connection, machines)| {
+            let infos: Vec<_> = machines.iter().map(|machine| machine.info().clone()).collect();
+            connection.ask(deadline, "libvirt to describe the domains", move |connect| {
+                Ok(infos.iter().map(|info| check::diagnose(connect, info)).collect::<Vec<_>>())
+            })
+        });
+        let (found, failures): (Vec<_>, Vec<_>) = diagnosed.into_iter().partition(Result::is_ok);
+        let failures: Vec<Error> = failures.into_iter().filter_map(Result::err).collect();
+        if found.is_empty()
+            && let Some(error) = Error::all(failures.clone())
+        {
+            return Err(error);
+        }
+        failures
+            .iter()
+            .for_each(|error| tracing::warn!(%error, "the machines of one libvirt are not diagnosed"));
+        Ok(found.into_iter().flatten().flatten().collect())
     }
 
     fn budget(&self) -> Option<&Arc<Budget>> {
@@ -116,48 +150,70 @@ impl Shared for Kvm {
     }
 
     fn close(&self, deadline: Deadline) {
-        self.connection.close(deadline.within(CLOSE_TIMEOUT));
+        self.connections.close(deadline.within(CLOSE_TIMEOUT));
         self.images.close_unused(&[]);
     }
 }
 
-/// Calls `act` for each of these machines, on one connection.
+/// The machines of one libvirt.
+type Group = (Arc<Connection>, Vec<Arc<Machine>>);
+
+/// Groups the machines by their libvirts.
+fn by_connection(machines: &[Arc<Machine>]) -> Vec<Group> {
+    let mut groups = Vec::<Group>::new();
+    for machine in machines {
+        let connection = machine.connection();
+        match groups.iter_mut().find(|(known, _)| Arc::ptr_eq(known, connection)) {
+            Some((_, group)) => group.push(Arc::clone(machine)),
+            None => groups.push((Arc::clone(connection), vec![Arc::clone(machine)])),
+        }
+    }
+    groups
+}
+
+/// Calls `act` for each of these machines, for those of one libvirt on one connection.
 ///
 /// # Errors
 /// libvirt does not answer; `act` fails. The error contains all failures.
 fn for_each<T: 'static>(
-    kvm: &Kvm,
     machines: &[Arc<Machine>],
     deadline: Deadline,
     act: fn(&Machine, &Connect) -> Result<T>,
 ) -> Result<()> {
-    if machines.is_empty() {
-        return Ok(());
-    }
-    let machines = machines.to_vec();
-    let problems = kvm.connection.ask(deadline, "libvirt to find the domains", move |connect| {
-        let done = machines.iter().map(|machine| act(machine, connect));
-        Ok(Error::all(done.filter_map(Result::err).collect()))
-    })?;
-    problems.map_or(Ok(()), Err)
+    let problems = connections::for_each(&by_connection(machines), |(connection, machines)| {
+        let machines = machines.clone();
+        connection.ask(deadline, "libvirt to find the domains", move |connect| {
+            Ok(machines.iter().filter_map(|machine| act(machine, connect).err()).collect::<Vec<_>>())
+        })
+    });
+    let all = problems.into_iter().flat_map(|found| found.unwrap_or_else(|error| vec![error]));
+    Error::all(all.collect()).map_or(Ok(()), Err)
 }
 
 /// The machines, as the subscriber to libvirt's events.
-struct Machines(Arc<MachineSet<Machine>>);
+struct Machines(Weak<MachineSet<Machine>>);
+
+impl Machines {
+    fn of(&self, dsn: &str) -> Vec<Arc<Machine>> {
+        let mut machines = self.0.upgrade().map(|machines| machines.all()).unwrap_or_default();
+        machines.retain(|machine| machine.connection().dsn() == dsn);
+        machines
+    }
+}
 
 impl Listener for Machines {
-    fn on_event(&self, label: &str, event: Event) {
+    fn on_event(&self, dsn: &str, label: &str, event: Event) {
         // libvirt also reports events of domains that are no machine's.
-        if let Some(machine) = self.0.all().iter().find(|machine| machine.label() == label) {
+        if let Some(machine) = self.of(dsn).iter().find(|machine| machine.label() == label) {
             machine.on_event(event);
         }
     }
 
-    fn on_connection_lost(&self, why: &str) {
-        self.0.all().iter().for_each(|machine| machine.on_connection_lost(why));
+    fn on_connection_lost(&self, dsn: &str, why: &str) {
+        self.of(dsn).iter().for_each(|machine| machine.on_connection_lost(why));
     }
 
-    fn on_reconnected(&self, connect: &Connect) {
-        self.0.all().iter().for_each(|machine| machine.on_reconnected(connect));
+    fn on_reconnected(&self, dsn: &str, connect: &Connect) {
+        self.of(dsn).iter().for_each(|machine| machine.on_reconnected(connect));
     }
 }

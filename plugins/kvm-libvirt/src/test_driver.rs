@@ -1,27 +1,12 @@
 //! Domains of libvirt's driver for tests, for unit tests. They are in the memory of this process, without a hypervisor
 //! and without libvirtd. All tests of a process see the same domains, so each test names its own.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::domain_snapshot::DomainSnapshot;
 use virt_sys as sys;
 
 pub const DSN: &str = "test:///default";
-
-/// The calls of a process share a limit, and so do the tests that run as threads of one process.
-static CALLS: RwLock<()> = RwLock::new(());
-
-/// Allows calls, until this value is dropped: no test exhausts their limit meanwhile.
-pub fn with_calls() -> RwLockReadGuard<'static, ()> {
-    CALLS.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Keeps the calls of other tests away, until this value is dropped.
-pub fn without_other_calls() -> RwLockWriteGuard<'static, ()> {
-    CALLS.write().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Connects to the driver.
 pub fn connect() -> Connect {

@@ -32,7 +32,9 @@ pub fn machines(session: &Session) -> Result {
     infos.iter().try_for_each(is_complete)?;
     is_unique("name", infos.iter().map(|info| info.name.as_str()))?;
     is_unique("ip", infos.iter().map(|info| info.ip.as_str()))?;
-    is_unique("label", infos.iter().map(|info| info.label.as_str()))?;
+    // A label is unique in its hypervisor.
+    let of_main = infos.iter().filter(|info| info.hypervisor.is_none());
+    is_unique("label", of_main.map(|info| info.label.as_str()))?;
     // A machine in a network of its own may have the MAC address of another.
     let others = infos.iter().filter(|info| !info.own_network);
     is_unique("mac_address", others.filter_map(|info| info.mac_address.as_deref()))?;

@@ -172,6 +172,7 @@ pub fn info(name: &str) -> MachineInfo {
         console: false,
         own_network: false,
         clone_of: None,
+        hypervisor: None,
     }
 }
 

@@ -1,10 +1,10 @@
-//! The connection that brings the events of all machines, and its state.
+//! The connection that brings the events of all domains of a libvirt, and its state.
 //!
 //! Each connection has a number. A late report about an old connection therefore never changes the state of
 //! a new one.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
 use machinery_backend::sync;
@@ -13,14 +13,14 @@ use virt::connect::Connect;
 use super::pool::{self, Pool};
 use crate::events::{self, Event, EventHandler, MonitoredConnection};
 
-/// A subscriber to the events of all domains.
+/// A subscriber to the events of all domains, with the dsn of their libvirt.
 pub trait Listener: Send + Sync + 'static {
     /// Handles an event of the domain of that name.
-    fn on_event(&self, label: &str, event: Event);
+    fn on_event(&self, dsn: &str, label: &str, event: Event);
     /// Handles the loss of the connection. Until it is open again, there are no events.
-    fn on_connection_lost(&self, why: &str);
+    fn on_connection_lost(&self, dsn: &str, why: &str);
     /// Handles a connection that is open again.
-    fn on_reconnected(&self, connect: &Connect);
+    fn on_reconnected(&self, dsn: &str, connect: &Connect);
 }
 
 /// The connection that brings the events. It is opened again when it is lost.
@@ -36,6 +36,8 @@ pub struct EventState {
     /// The number of the newest connection.
     pub number: u64,
     pub listener: Option<Arc<dyn Listener>>,
+    /// The time of the last loss; none if the connection has never been open.
+    pub lost_at: Option<Instant>,
     /// A lost connection. The reconnect thread drops it: the event thread must not, because libvirt still
     /// uses the connection there.
     pub dead: Option<MonitoredConnection>,
@@ -58,6 +60,7 @@ impl EventConnection {
             connection: ConnectionState::Lost("it has never been open".to_owned()),
             number: 0,
             listener: None,
+            lost_at: None,
             dead: None,
             attempts: 0,
             ended_attempts: 0,
@@ -109,11 +112,19 @@ impl EventConnection {
             return;
         }
         let open = std::mem::replace(&mut state.connection, ConnectionState::Lost(why.to_owned()));
+        state.lost_at = Some(Instant::now());
         if let ConnectionState::Open(monitored) = open {
             state.dead = Some(monitored);
         }
         drop(state);
         self.notify();
+    }
+
+    /// Records why the connection could not be opened for the first time.
+    pub fn mark_unreachable(&self, why: &str) {
+        if let ConnectionState::Lost(reason) = &mut self.lock().connection {
+            why.clone_into(reason);
+        }
     }
 
     pub fn is_open(&self) -> bool {
@@ -168,7 +179,7 @@ impl EventHandler for ConnectionHandler {
         let Some(connection) = self.connection.upgrade() else { return };
         let listener = connection.lock().listener.clone();
         if let Some(listener) = listener {
-            listener.on_event(label, event);
+            listener.on_event(&connection.dsn, label, event);
         }
     }
 

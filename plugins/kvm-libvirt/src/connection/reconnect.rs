@@ -58,7 +58,7 @@ fn reconnect_loop(connection: &Arc<EventConnection>) {
         drop(dead);
         tracing::warn!(dsn = connection.dsn, why, "libvirt is away");
         if let Some(listener) = &listener {
-            listener.on_connection_lost(&why);
+            listener.on_connection_lost(&connection.dsn, &why);
         }
         if !reconnect(connection) {
             return;
@@ -69,7 +69,7 @@ fn reconnect_loop(connection: &Arc<EventConnection>) {
             _ => continue,
         };
         if let Some(listener) = &listener {
-            listener.on_reconnected(&connect);
+            listener.on_reconnected(&connection.dsn, &connect);
         }
     }
 }

@@ -10,6 +10,7 @@ use virt::connect::Connect;
 
 use super::state::{Activity, MachineState, is_hidden};
 use crate::config::Keys;
+use crate::connection::Connection;
 use crate::domain;
 use crate::foreign::DiskRecord;
 use crate::leftovers::RunMarker;
@@ -23,6 +24,8 @@ pub const END_EVENT_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Machine {
     pub(super) keys: Keys,
     pub(super) shared: Arc<Kvm>,
+    /// The connection to the domain's libvirt.
+    pub(super) connection: Arc<Connection>,
     pub(super) marker: RunMarker,
     pub(super) disk_record: DiskRecord,
     pub(super) readiness: ReadinessReport,
@@ -32,12 +35,13 @@ pub struct Machine {
 impl Machine {
     pub fn new(keys: Keys, shared: Arc<Kvm>, state_dir: &Path) -> Self {
         let name = &keys.info.name;
-        let marker = RunMarker::of(name, state_dir);
+        let marker = RunMarker::of(name, state_dir).of_libvirt(&keys.dsn);
         let disk_record = DiskRecord::of(name, state_dir);
+        let connection = shared.connections.of(&keys.dsn);
         let readiness = ReadinessReport::new(&shared.host, name);
         // Read before any event, which may remove the marker.
         let state = MachineState { left_run: marker.resumed_id(), ..MachineState::default() };
-        Machine { keys, shared, marker, disk_record, readiness, work: Work::new(state) }
+        Machine { keys, shared, connection, marker, disk_record, readiness, work: Work::new(state) }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -47,6 +51,11 @@ impl Machine {
     /// Returns the name of the machine's domain.
     pub fn label(&self) -> &str {
         &self.keys.info.label
+    }
+
+    /// Returns the connection to the domain's libvirt.
+    pub fn connection(&self) -> &Arc<Connection> {
+        &self.connection
     }
 
     /// Returns the name of the snapshot to restore; `None` is the domain's current one.
@@ -136,7 +145,7 @@ impl Machine {
     pub(super) fn query_state(&self, deadline: Deadline) -> Result<StateReport> {
         let label = self.label().to_owned();
         let ask = move |connect: &Connect| domain::state(&domain::domain(connect, &label)?);
-        self.shared.connection.ask(deadline, "libvirt to report the domain's state", ask)
+        self.connection.ask(deadline, "libvirt to report the domain's state", ask)
     }
 
     /// Reports an event's state to the host, unless it is a step of the operation under way.

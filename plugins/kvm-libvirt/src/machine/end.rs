@@ -30,7 +30,7 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy(&self, deadline: Deadline) -> Result<bool> {
         let label = self.label().to_owned();
-        let destroyed = self.shared.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
+        let destroyed = self.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
             domain::destroy(&domain::domain(connect, &label)?)
         });
         destroyed.map_err(|error| self.explain_lost_start(error))
@@ -42,14 +42,13 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
         let (label, marker) = (self.label().to_owned(), self.marker.clone());
-        let destroyed =
-            self.shared.connection.ask(deadline, "libvirt to end the standby", move |connect| match connect
-                .lookup_domain_by_name(&label)
-            {
+        let destroyed = self.connection.ask(deadline, "libvirt to end the standby", move |connect| {
+            match connect.lookup_domain_by_name(&label) {
                 Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
-            });
+            }
+        });
         destroyed.map_err(|error| self.explain_lost_start(error))
     }
 
@@ -170,12 +169,12 @@ impl Machine {
     pub(super) fn explain_lost_start(&self, error: Error) -> Error {
         let label = self.label().to_owned();
         let look = Deadline::after(LOOK_TIMEOUT);
-        let starting = self.shared.connection.ask(look, "the domain's state", move |connect| {
+        let starting = self.connection.ask(look, "the domain's state", move |connect| {
             domain::is_paused(&domain::domain(connect, &label)?, DomainPausedReason::StartingUp)
         });
         match starting {
             Ok(true) => {
-                let dsn = self.shared.connection.dsn();
+                let dsn = self.connection.dsn();
                 let place = dsn::host(dsn).map(|host| format!(" on {host}")).unwrap_or_default();
                 error.detail("the domain is still starting up").advice(format!(
                     "If libvirtd ended during that start, it never finishes: stop libvirtd{place}, remove {}/{}.xml there, \

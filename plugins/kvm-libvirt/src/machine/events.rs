@@ -100,8 +100,11 @@ impl Machine {
     pub fn on_reconnected(self: &Arc<Self>, connect: &Connect) {
         self.renew_standby();
         let before @ Activity { has_run, operation, .. } = self.activity();
-        if !has_run || operation == Operation::Starting {
+        if operation == Operation::Starting {
             return;
+        }
+        if !has_run {
+            return self.report_unseen_off(connect, before);
         }
         let query = |domain: Domain| Ok((domain::state(&domain)?, self.marker.matches(&domain)?));
         let state = domain::domain(connect, self.label()).and_then(query);
@@ -115,6 +118,14 @@ impl Machine {
             Err(error) => {
                 tracing::warn!(machine = self.name(), %error, "libvirt is back, but the domain's state is unknown");
             }
+        }
+    }
+
+    /// Reports that the domain is off. The host does not know that of a libvirt that was away when the host started.
+    fn report_unseen_off(&self, connect: &Connect, before: Activity) {
+        let state = domain::domain(connect, self.label()).and_then(|domain| domain::state(&domain));
+        if self.activity() == before && matches!(state, Ok((State::Poweroff, _))) {
+            self.report_state(State::Poweroff, "");
         }
     }
 

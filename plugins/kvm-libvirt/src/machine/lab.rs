@@ -1,7 +1,7 @@
 //! A machine on libvirt's test driver, for unit tests. It gets no events but those that a test passes to it.
 
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::events::Event;
 use crate::foreign::disks_of;
 use crate::shared::Kvm;
-use crate::test_driver::{DSN, TestDomain, with_calls};
+use crate::test_driver::{DSN, TestDomain};
 
 /// A machine, its domain, and its host. The domain has the snapshot `clean` of a running guest, and is off.
 pub struct MachineLab {
@@ -24,20 +24,18 @@ pub struct MachineLab {
     pub domain: TestDomain,
     pub host: Arc<RecordingHost>,
     folder: TempDir,
-    _calls: RwLockReadGuard<'static, ()>,
 }
 
 impl MachineLab {
     /// Makes a machine of that name, with a domain of the same name.
     pub fn new(name: &str) -> Self {
-        let calls = with_calls();
         let domain = TestDomain::new(name);
         domain.start();
         domain.take_snapshot("clean");
         domain.domain.destroy().unwrap();
         let (folder, host) = (tempfile::tempdir().unwrap(), Arc::default());
         let machine = machine(name, &folder, &host);
-        MachineLab { machine, domain, host, folder, _calls: calls }
+        MachineLab { machine, domain, host, folder }
     }
 
     /// Replaces the machine by that of the next host. The domain stays as it is.

@@ -62,7 +62,7 @@ impl Machine {
     /// Postpones the preparation if libvirt is away; returns whether it is.
     fn is_postponed(&self) -> bool {
         self.lock().is_postponed = true;
-        if self.shared.connection.is_away() {
+        if self.connection.is_away() {
             self.report_plain("libvirt is away, and the machine is prepared when it is back");
             return true;
         }
@@ -75,7 +75,7 @@ impl Machine {
         self.end_abandoned_call(deadline.within(EARLIER_CALL_TIMEOUT))?;
         let preparing = self.begin(Operation::Preparing, deadline)?;
         let (machine, cancellation) = (Arc::clone(self), preparing.cancellation().clone());
-        let call = self.shared.connection.long_call(deadline, self.connect_step(), move |connect| {
+        let call = self.connection.long_call(deadline, self.connect_step(), move |connect| {
             machine.prepare_restore(connect, origin, &cancellation)
         })?;
         let Some(prepared) = call.wait(deadline.remaining()) else {
@@ -184,7 +184,7 @@ impl Machine {
         cancellation: &Cancellation,
     ) -> Result<()> {
         cancellation.ensure_wanted()?;
-        let events_from = self.shared.connection.number();
+        let events_from = self.connection.number();
         remove_managed_save(domain, self.name())?;
         self.begin_marker(domain)?;
         self.start_restored(connect, domain, cancellation)?;

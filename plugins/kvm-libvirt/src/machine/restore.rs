@@ -30,7 +30,7 @@ impl Machine {
             return self.ensure_no_end(deadline);
         }
         let (machine, cancellation) = (Arc::clone(self), starting.cancellation().clone());
-        let call = self.shared.connection.long_call(deadline, self.connect_step(), move |connect| {
+        let call = self.connection.long_call(deadline, self.connect_step(), move |connect| {
             machine.start_domain(connect, how, &cancellation)
         })?;
         let Some(started) = call.wait(deadline.remaining()) else {

@@ -21,7 +21,6 @@ use virt::connect::Connect;
 
 use super::base::Machine;
 use super::state::MachineState;
-use crate::call::Call;
 use crate::domain;
 use crate::standby::{Fingerprint, StandbyDomain};
 
@@ -74,7 +73,7 @@ impl Machine {
         }
         let resumed = Arc::new(AtomicBool::new(false));
         let (machine, is_wanted, done) = (Arc::clone(self), cancellation.clone(), Arc::clone(&resumed));
-        let call = self.shared.connection.short_call(deadline, move |connect, number| {
+        let call = self.connection.short_call(deadline, move |connect, number| {
             let runs = number == standby.events_from
                 && machine.resume_unchanged(connect, &standby.fingerprint, &is_wanted);
             done.store(runs, Ordering::SeqCst);
@@ -128,11 +127,10 @@ impl Machine {
         drop(self.lock().standby.take());
         let label = self.label().to_owned();
         let deadline = Deadline::after(SETTLE_TIMEOUT);
-        let settled =
-            self.shared.connection.ask(deadline, "libvirt to reconnect to the domain", move |connect| {
-                domain::settle(&domain::domain(connect, &label)?);
-                Ok(())
-            });
+        let settled = self.connection.ask(deadline, "libvirt to reconnect to the domain", move |connect| {
+            domain::settle(&domain::domain(connect, &label)?);
+            Ok(())
+        });
         if let Err(error) = settled {
             tracing::debug!(machine = self.name(), %error, "libvirt has not reconnected to the domain");
         }
@@ -165,7 +163,7 @@ impl Machine {
         let begun = self.work.begin(Operation::Discarding, Deadline::after(Duration::ZERO), take);
         let Ok((discarding, Some(_))) = begun else { return };
         let (machine, reason) = (Arc::clone(self), why.to_owned());
-        let replacing = Call::start(move || {
+        let replacing = self.connection.calls().start(move || {
             machine.end_and_request_another(discarding, &reason);
             Ok(())
         });

@@ -87,10 +87,11 @@ pub struct AbandonedCall {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::Calls;
     use crate::machine::lab::{MachineLab, soon};
 
     fn abandoned(is_start: bool) -> Option<AbandonedCall> {
-        let call = Call::start(|| Ok(())).unwrap();
+        let call = Calls::default().start(|| Ok(())).unwrap();
         Some(AbandonedCall { call: Arc::new(Mutex::new(call)), is_start })
     }
 

@@ -54,10 +54,9 @@ impl Machine {
         let _stopping = self.begin(Operation::Stopping, deadline)?;
         let before = self.lock().end_count;
         let label = self.label().to_owned();
-        let pressed =
-            self.shared.connection.ask(deadline, "libvirt to press the power button", move |connect| {
-                press(&domain::domain(connect, &label)?)
-            })?;
+        let pressed = self.connection.ask(deadline, "libvirt to press the power button", move |connect| {
+            press(&domain::domain(connect, &label)?)
+        })?;
         if !pressed {
             self.record_end();
             return Err(refuse::off_already());
