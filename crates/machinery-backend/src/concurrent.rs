@@ -1,5 +1,6 @@
 //! The same action on many machines, a few at a time.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -12,7 +13,7 @@ use crate::sync::lock;
 /// for other actions.
 const MAX_CONCURRENT: usize = 4;
 
-/// Calls `act` for each of these machines, a few at a time.
+/// Calls `act` for each of these machines, a few of each hypervisor at a time: one that hangs delays no machine of another.
 ///
 /// # Errors
 /// `act` fails. The error contains all failures, with the names of their machines.
@@ -21,9 +22,13 @@ pub fn for_each<M: Reloadable + Send + Sync>(
     act: impl Fn(&Arc<M>) -> Result<()> + Sync,
 ) -> Result<()> {
     let problems = Mutex::new(Vec::new());
-    let queue = Mutex::new(machines.iter());
-    let next = || lock(&queue).next();
-    let work = || {
+    let mut hypervisors: BTreeMap<Option<&str>, Vec<&Arc<M>>> = BTreeMap::new();
+    for machine in machines {
+        hypervisors.entry(machine.info().hypervisor.as_deref()).or_default().push(machine);
+    }
+    let queues: Vec<_> = hypervisors.into_values().map(|queue| Mutex::new(queue.into_iter())).collect();
+    let work = |queue: &Mutex<std::vec::IntoIter<&Arc<M>>>| {
+        let next = || lock(queue).next();
         while let Some(machine) = next() {
             if let Err(error) = act(machine) {
                 lock(&problems).push(error.machine(machine.name()));
@@ -31,11 +36,15 @@ pub fn for_each<M: Reloadable + Send + Sync>(
         }
     };
     thread::scope(|scope| {
-        for _ in 1..MAX_CONCURRENT.min(machines.len()) {
-            // Without a further thread, this one does all the work.
-            let _ = thread::Builder::new().spawn_scoped(scope, work);
+        for (number, queue) in queues.iter().enumerate() {
+            // This thread works on the first queue.
+            let others = MAX_CONCURRENT.min(lock(queue).len()) - usize::from(number == 0);
+            for _ in 0..others {
+                // Without further threads, this one does all the work.
+                let _ = thread::Builder::new().spawn_scoped(scope, || work(queue));
+            }
         }
-        work();
+        queues.iter().for_each(work);
     });
     Error::all(problems.into_inner().unwrap_or_else(PoisonError::into_inner)).map_or(Ok(()), Err)
 }

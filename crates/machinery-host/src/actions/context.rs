@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Error, ErrorKind, FreeSpaceReserve, Result};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 
 use super::CLOSING;
 use super::message::InFlightGuard;
 use super::metrics::Metrics;
-use super::prepare_permits::{PreparePermit, PreparePermits};
+use super::permits::Permits;
+use super::prepare_permits::PreparePermit;
 use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
@@ -19,16 +20,11 @@ use crate::fleet::run_marks::RunMarks;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Machine, Roster};
 
-/// The number of restores that are prepared at a time, at most: machines that run now come first.
-const MAX_PREPARATIONS: usize = 2;
-
 /// The settings, permits and records that all executors share.
 pub struct ActionContext {
     settings: watch::Sender<ActionSettings>,
-    /// One permit for each restore that may run. Waiting restores get them in order of arrival.
-    restores: Arc<Semaphore>,
+    permits: Permits,
     waiting_restores: watch::Sender<usize>,
-    preparations: PreparePermits,
     /// The captures under way.
     pub captures: Arc<Captures>,
     /// Counts and durations of actions.
@@ -128,12 +124,10 @@ impl Reloads {
 impl ActionContext {
     /// Returns a context for a host with this configuration.
     pub fn new(config: &Config, folders: Folders, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
-        let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         ActionContext {
             settings: watch::Sender::new(ActionSettings::of(config)),
-            restores: Arc::new(Semaphore::new(permits)),
+            permits: Permits::new(config.max_parallel_restores.get()),
             waiting_restores: watch::Sender::new(0),
-            preparations: PreparePermits::new(permits.min(MAX_PREPARATIONS)),
             captures: Arc::default(),
             metrics,
             run_marks: RunMarks::new(state.run_marks()),
@@ -184,13 +178,13 @@ impl ActionContext {
         self.settings().timeouts
     }
 
-    /// Waits for a permit to restore a machine.
+    /// Waits for a permit to restore the machine.
     ///
     /// # Errors
     /// The host ends.
-    pub async fn restore_permit(&self) -> Result<OwnedSemaphorePermit> {
+    pub async fn restore_permit(&self, machine: &Machine) -> Result<OwnedSemaphorePermit> {
         let _waiting = InFlightGuard::new([&self.waiting_restores]);
-        Arc::clone(&self.restores).acquire_owned().await.map_err(|_| Error::failed(CLOSING))
+        self.permits.restore(machine).await.ok_or_else(|| Error::failed(CLOSING))
     }
 
     /// Returns the number of restores that wait for a permit.
@@ -200,13 +194,12 @@ impl ActionContext {
 
     /// Waits for a permit to prepare the machine. Returns `None` when the host ends.
     pub async fn prepare_permit(&self, machine: &Arc<Machine>) -> Option<PreparePermit> {
-        self.preparations.acquire(machine).await
+        self.permits.prepare(machine).await
     }
 
     /// Refuses all permits from now on.
     pub fn close(&self) {
-        self.restores.close();
-        self.preparations.close();
+        self.permits.close();
     }
 
     /// Takes the machine out of the pool after a failure of this kind, and saves that.

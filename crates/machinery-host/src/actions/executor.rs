@@ -181,7 +181,7 @@ impl ActionExecutor {
             return Ok(None);
         }
         self.clock.stop();
-        let permit = self.context.restore_permit().await.map_err(refused)?;
+        let permit = self.context.restore_permit(&self.machine).await.map_err(refused)?;
         self.clock.restart();
         Ok(Some(permit))
     }
@@ -461,7 +461,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn restore_alone_waits_for_a_permit_and_returns_it_before_its_cleanup() {
         let lab = Lab::new("max_parallel_restores: 1");
-        let permit = lab.context.restore_permit().await.unwrap();
+        let permit = lab.context.restore_permit(&lab.machine).await.unwrap();
         lab.executor().execute(&Action::NorestoreStart).await.unwrap();
         lab.executor().execute(&Action::Stop).await.unwrap();
         lab.plugin.fail("restore_start", failed());
@@ -477,7 +477,7 @@ mod tests {
             result = &mut restore => panic!("{result:?}"),
             permit = async {
                 lab.plugin.called("stop").await;
-                lab.context.restore_permit().await
+                lab.context.restore_permit(&lab.machine).await
             } => drop(permit.unwrap()),
         }
         drop(release);

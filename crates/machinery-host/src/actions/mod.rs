@@ -12,6 +12,7 @@
 //! | [`message`] | what a queue carries: requests and pauses |
 //! | [`worker`] | takes messages from one queue |
 //! | [`preparation`], [`prepare_permits`] | a preparation under way, and its cancellation; its permit |
+//! | [`permits`] | the permits of restores and preparations, for each hypervisor |
 //! | [`executor`] | runs one action by the rules |
 //! | [`record`] | records an action that has ended |
 //! | [`failure`] | the failure of an action |
@@ -41,6 +42,7 @@ pub mod message;
 pub mod metrics;
 pub mod overdue;
 pub mod overrun;
+pub mod permits;
 pub mod plugin_calls;
 pub mod preparation;
 pub mod prepare_permits;

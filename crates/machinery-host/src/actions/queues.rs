@@ -258,7 +258,7 @@ mod tests {
         let workers = queues.close(Ending::Stop);
         assert_eq!(queues.closing(), Some(CLOSING));
         assert_eq!(submit(&queues, &lab, Action::Stop).await.unwrap(), Err(CLOSING.to_owned()));
-        assert!(lab.context.restore_permit().await.is_err());
+        assert!(lab.context.restore_permit(&lab.machine).await.is_err());
         lab.plugin.set_state("m", State::Poweroff);
         release.send(()).unwrap();
         running.await.unwrap().unwrap();

@@ -27,6 +27,8 @@ use crate::scratch::ScratchCwd;
 pub struct KvmLab {
     // Dropped first: the domains end before their folder is removed.
     libvirtd: Libvirtd,
+    /// A second libvirtd, and the first of its machines.
+    other: Option<(Libvirtd, usize)>,
     cwd: ScratchCwd,
     /// In the order of the configuration.
     machines: Vec<KvmMachine>,
@@ -55,18 +57,36 @@ impl Deref for KvmMachine {
 impl KvmLab {
     /// Makes a lab with these machines.
     pub fn new(machines: &[(&str, Guest)]) -> Result<Self> {
-        let cwd = ScratchCwd::new(&[("kvm", "")])?;
-        let libvirtd = Libvirtd::start(&cwd.root().join("libvirt"))?;
-        let mut lab = KvmLab { libvirtd, cwd, machines: Vec::new(), is_discarded: false };
+        let mut lab = Self::without_machines()?;
         for (name, guest) in machines {
-            let machine = lab.define(name, *guest)?;
+            let machine = lab.define(&lab.libvirtd, name, &format!("lab-{name}"), *guest)?;
             lab.machines.push(machine);
         }
         lab.cwd.write_yaml("kvm", &lab.fresh_yaml())?;
         Ok(lab)
     }
 
-    fn define(&self, name: &str, guest: Guest) -> Result<KvmMachine> {
+    /// Makes a lab with two libvirtds. Each machine of the second one has the label of the machine at its place of the
+    /// first one.
+    pub fn with_two_libvirts(first: &[(&str, Guest)], second: &[(&str, Guest)]) -> Result<Self> {
+        let mut lab = Self::new(first)?;
+        let other = Libvirtd::start(&lab.cwd.root().join("libvirt2"))?;
+        for ((name, guest), (twin, _)) in second.iter().zip(first) {
+            let machine = lab.define(&other, name, &format!("lab-{twin}"), *guest)?;
+            lab.machines.push(machine);
+        }
+        lab.other = Some((other, first.len()));
+        lab.cwd.write_yaml("kvm", &lab.fresh_yaml())?;
+        Ok(lab)
+    }
+
+    fn without_machines() -> Result<Self> {
+        let cwd = ScratchCwd::new(&[("kvm", "")])?;
+        let libvirtd = Libvirtd::start(&cwd.root().join("libvirt"))?;
+        Ok(KvmLab { libvirtd, other: None, cwd, machines: Vec::new(), is_discarded: false })
+    }
+
+    fn define(&self, libvirtd: &Libvirtd, name: &str, label: &str, guest: Guest) -> Result<KvmMachine> {
         let dir = self.cwd.root().join("machines").join(name);
         fs::create_dir_all(&dir).context(|| format!("making {}", dir.display()))?;
         let probe = GuestProbe {
@@ -74,9 +94,8 @@ impl KvmLab {
             ip: loopback_address().to_string(),
             serial: dir.join("serial.log"),
         };
-        let label = format!("lab-{name}");
-        let disk = libvirt::master(&Qemu::find()?, guest)?.define(&self.libvirtd, &label, &probe)?;
-        Ok(KvmMachine { label, disk, probe })
+        let disk = libvirt::master(&Qemu::find()?, guest)?.define(libvirtd, label, &probe)?;
+        Ok(KvmMachine { label: label.to_owned(), disk, probe })
     }
 
     /// Returns the CWD.
@@ -87,6 +106,15 @@ impl KvmLab {
     /// Returns the libvirtd.
     pub fn libvirtd(&self) -> &Libvirtd {
         &self.libvirtd
+    }
+
+    /// Returns the second libvirtd.
+    ///
+    /// # Panics
+    /// The lab has one libvirtd.
+    #[allow(clippy::panic)]
+    pub fn other_libvirtd(&self) -> &Libvirtd {
+        self.other.as_ref().map_or_else(|| panic!("the lab has one libvirtd"), |(other, _)| other)
     }
 
     /// Returns the machine of that name.
@@ -154,11 +182,14 @@ impl KvmLab {
 
     fn fresh_yaml(&self) -> String {
         let mut text = format!("dsn: {}\ninterface: lo\nmachines:\n", self.libvirtd.dsn());
-        for machine in &self.machines {
+        for (number, machine) in self.machines.iter().enumerate() {
             text += &format!(
                 "  {}:\n    label: {}\n    ip: {}\n    platform: windows\n    os_version: 10\n",
                 machine.name, machine.label, machine.ip
             );
+            if let Some((other, _)) = self.other.as_ref().filter(|(_, first)| number >= *first) {
+                text += &format!("    dsn: {}\n", other.dsn());
+            }
         }
         text
     }
