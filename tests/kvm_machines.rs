@@ -297,7 +297,7 @@ fn wrong_values_are_refused_and_leave_nothing() {
     let lab = lab(Guest::Micro);
     let create = |network: &[&str], more: &[&str]| run(&lab, &creation(&lab, Guest::Micro, network, more));
     fails(&create(&["--user"], &["--uefi"]), &["UEFI", "import libvirt"]);
-    fails(&create(&["--user"], &["--dsn", "qemu:///other"]), &["kvm.yaml names the libvirt"]);
+    fails(&create(&["--user"], &["--dsn", "qemu:///other"]), &["qemu:///other"]);
     fails(&create(&["--bridge", "none-such"], &[]), &["none-such"]);
     let clones = ["--clones", "2", "--clone-ips", "127.0.0.5-6"];
     for (network, option) in [(&["--isolated"][..], "--isolated"), (&clones, "--clones")] {

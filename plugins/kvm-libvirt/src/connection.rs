@@ -106,6 +106,11 @@ impl Connection {
         self.events.is_open()
     }
 
+    /// Reports whether libvirt could not be reached when the machinery was loaded.
+    pub fn was_unreachable(&self) -> bool {
+        self.events.lock().was_unreachable
+    }
+
     /// Returns the calls to this libvirtd.
     pub fn calls(&self) -> &Calls {
         &self.calls

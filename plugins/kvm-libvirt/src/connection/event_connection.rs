@@ -38,6 +38,8 @@ pub struct EventState {
     pub listener: Option<Arc<dyn Listener>>,
     /// The time of the last loss; none if the connection has never been open.
     pub lost_at: Option<Instant>,
+    /// True if the first attempt to open the connection has failed.
+    pub was_unreachable: bool,
     /// A lost connection. The reconnect thread drops it: the event thread must not, because libvirt still
     /// uses the connection there.
     pub dead: Option<MonitoredConnection>,
@@ -61,6 +63,7 @@ impl EventConnection {
             number: 0,
             listener: None,
             lost_at: None,
+            was_unreachable: false,
             dead: None,
             attempts: 0,
             ended_attempts: 0,
@@ -122,7 +125,9 @@ impl EventConnection {
 
     /// Records why the connection could not be opened for the first time.
     pub fn mark_unreachable(&self, why: &str) {
-        if let ConnectionState::Lost(reason) = &mut self.lock().connection {
+        let mut state = self.lock();
+        state.was_unreachable = true;
+        if let ConnectionState::Lost(reason) = &mut state.connection {
             why.clone_into(reason);
         }
     }

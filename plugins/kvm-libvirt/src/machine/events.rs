@@ -121,8 +121,11 @@ impl Machine {
         }
     }
 
-    /// Reports that the domain is off. The host does not know that of a libvirt that was away when the host started.
+    /// Reports that the domain is off, if libvirt was away when the host started: the host does not know it then.
     fn report_unseen_off(&self, connect: &Connect, before: Activity) {
+        if !self.connection.was_unreachable() {
+            return;
+        }
         let state = domain::domain(connect, self.label()).and_then(|domain| domain::state(&domain));
         if self.activity() == before && matches!(state, Ok((State::Poweroff, _))) {
             self.report_state(State::Poweroff, "");

@@ -107,8 +107,8 @@ fn machine(name: &str, folder: &TempDir, host: &Arc<RecordingHost>) -> Arc<Machi
         adopts: true,
         result_server: None,
     };
-    let mut config = Config::read(&setup).unwrap();
-    let keys = config.machines.pop().unwrap();
+    let config = Config::read(&setup).unwrap();
+    let keys = config.machines[0].clone();
     let services = Arc::clone(host);
     let kvm = Kvm::new(&config, folder.path(), Host::new(services), soon()).unwrap();
     let machine = Arc::new(Machine::new(keys, Arc::new(kvm), folder.path()));

@@ -27,6 +27,8 @@ pub struct OwnKeys {
     #[serde(default, deserialize_with = "empty_as_none")]
     label: Option<String>,
     #[serde(default, deserialize_with = "empty_as_none")]
+    dsn: Option<String>,
+    #[serde(default, deserialize_with = "empty_as_none")]
     snapshot: Option<String>,
     #[serde(default, deserialize_with = "empty_as_none")]
     qcow2_path: Option<String>,
@@ -71,19 +73,25 @@ impl Candidate {
     /// Returns an error if both machines have the same value for a key that must be unique.
     pub fn conflict(&self, other: &Configured<OwnKeys>) -> Option<Error> {
         let (ours, theirs) = (values(&self.entry), values(other));
-        let mut shared = ours.iter().filter(|value| UNIQUE.contains(&value.0) && !value.1.is_empty());
+        // A label is unique in its libvirt.
+        let is_unique =
+            |key| UNIQUE.contains(&key) && (key != "label" || self.entry.own.dsn == other.own.dsn);
+        let mut shared = ours.iter().filter(|value| is_unique(value.0) && !value.1.is_empty());
         let (key, value) = shared.find(|value| theirs.contains(value))?;
         let reason = format!("'{value}' is already the {key} of machine '{}'", other.name);
         let advice = format!("Give each machine its own {key}, or leave one of the two out");
         Some(self.machine.error(key, reason).advice(advice))
     }
 
-    /// Returns the keys that both entries have, with different values. An address that may change is no difference.
+    /// Returns the keys that both entries have, with different values. An address that may change is no difference, and
+    /// another libvirt is one.
     pub fn differing_keys(&self, old: &Configured<OwnKeys>) -> Vec<&'static str> {
         let pairs = values(old).into_iter().zip(values(&self.entry));
         let differ = pairs.filter(|(old, new)| old.1 != new.1 && !old.1.is_empty() && !new.1.is_empty());
         let keys = differ.map(|(_, (key, _))| key).filter(|key| self.machine.has(key));
-        keys.filter(|key| *key != "ip" || !self.machine.has_changing_ip).collect()
+        let keys = keys.filter(|key| *key != "ip" || !self.machine.has_changing_ip);
+        let is_elsewhere = self.machine.has("label") && self.entry.own.dsn != old.own.dsn;
+        is_elsewhere.then_some("dsn").into_iter().chain(keys).collect()
     }
 }
 
@@ -92,10 +100,15 @@ pub fn entry_of<'a>(
     machine: &Machine,
     entries: impl Iterator<Item = &'a Configured<OwnKeys>> + Clone,
 ) -> Option<&'a Configured<OwnKeys>> {
-    let label = machine.keys.iter().find(|(key, _)| *key == "label").and_then(|(_, value)| value.as_str());
+    let value =
+        |key: &str| machine.keys.iter().find(|(own, _)| *own == key).and_then(|(_, value)| value.as_str());
+    let (label, dsn) = (value("label"), value("dsn"));
+    let is_its_domain = |entry: &&'a Configured<OwnKeys>| {
+        label.is_some() && entry.own.label.as_deref() == label && entry.own.dsn.as_deref() == dsn
+    };
     let mut named = entries.clone();
     let named = named.find(|entry| entry.name == machine.name);
-    named.or_else(|| entries.into_iter().find(|entry| label.is_some() && entry.own.label.as_deref() == label))
+    named.or_else(|| entries.into_iter().find(is_its_domain))
 }
 
 /// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak

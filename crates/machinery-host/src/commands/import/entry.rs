@@ -15,8 +15,9 @@ pub const NEEDED: [(&str, &str); 3] =
     [("ip", "ADDRESS"), ("platform", "PLATFORM"), ("os_version", "VERSION")];
 
 /// All keys of an entry, in the order in which they are written.
-const ORDER: [&str; 13] = [
+const ORDER: [&str; 14] = [
     "label",
+    "dsn",
     "snapshot",
     "qcow2_path",
     "snapshot_path",

@@ -147,11 +147,11 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
     let mut file = existing.unwrap_or_else(|| default_file(import, path));
     let known = file.parse::<ExistingMachines>()?;
     let dsn = known.dsn.as_deref().unwrap_or(DEFAULT_DSN);
-    let found = import.find(dsn)?;
+    let mut found = import.find(dsn)?;
     if is_new {
         set_defaults(&mut file, &found);
-    } else {
-        expect_dsn(&file, dsn, &found)?;
+    } else if let Some(other) = found.dsn.take().filter(|other| other != dsn) {
+        found.machines.iter_mut().for_each(|machine| machine.set("dsn", Some(other.as_str())));
     }
 
     let skip = |(name, reason): &(String, String)| Skipped { name: name.clone(), reason: reason.clone() };
@@ -201,17 +201,6 @@ fn set_defaults(file: &mut ConfigFile, found: &Found) {
         if let Some(value) = value {
             file.text = text::with_value(&file.text, key, value);
         }
-    }
-}
-
-/// Expects that the machines are of the libvirt that the file names.
-fn expect_dsn(file: &ConfigFile, dsn: &str, found: &Found) -> Result<()> {
-    match &found.dsn {
-        Some(other) if other != dsn => {
-            let reason = format!("the file names the libvirt {dsn}, and the machines are of {other}");
-            Err(file.error(&["dsn"], reason).advice("Correct one of the two: a kvm.yaml has one libvirt"))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -147,6 +147,8 @@ pub fn wait_for_virsh(scratch: &Path) -> Result<()> {
 pub struct DomainEntry {
     pub name: String,
     pub label: String,
+    /// The address of its libvirt.
+    pub dsn: String,
     pub snapshot: Option<String>,
 }
 
@@ -171,7 +173,7 @@ impl Recorded {
 
     /// Reports whether the entry is that of the domain.
     pub fn is_of(&self, entry: &DomainEntry) -> bool {
-        entry.label == self.domain.label
+        entry.label == self.domain.label && entry.dsn == self.domain.dsn
     }
 
     /// Reports whether the domain has run, and continues with a snapshot of before.

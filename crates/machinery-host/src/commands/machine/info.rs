@@ -16,6 +16,7 @@ use serde_yaml::{Mapping, Value};
 
 use super::context::{KVM, MACHINERY};
 use super::domain::{Domain, DomainEntry};
+use crate::commands::import::DEFAULT_DSN;
 use crate::cwd::Cwd;
 
 /// The name of the file.
@@ -189,12 +190,23 @@ pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
 /// As [`entries`].
 pub fn domain_entries(cwd: &Cwd) -> Result<Vec<DomainEntry>> {
     let text = |keys: &Value, key: &str| keys.get(key).and_then(Value::as_str).map(str::to_owned);
+    let dsn = configured_dsn(cwd)?.unwrap_or_else(|| DEFAULT_DSN.to_owned());
     let entry = |(name, keys): (&Value, &Value)| DomainEntry {
         name: name.as_str().unwrap_or_default().to_owned(),
         label: text(keys, "label").unwrap_or_default(),
+        dsn: text(keys, "dsn").unwrap_or_else(|| dsn.clone()),
         snapshot: text(keys, "snapshot"),
     };
     Ok(machines(cwd, KVM)?.iter().map(entry).collect())
+}
+
+/// Returns the address of the libvirt of machines that name none, if `kvm.yaml` has one.
+///
+/// # Errors
+/// As [`entries`].
+pub fn configured_dsn(cwd: &Cwd) -> Result<Option<String>> {
+    let path = cwd.machinery_yaml(KVM);
+    if path.exists() { ConfigFile::read_trusted(&path)?.parse_at(&["dsn"]) } else { Ok(None) }
 }
 
 /// Returns the machinery of a machine, or `qemu` if the configuration does not have it.

@@ -9,7 +9,6 @@
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::ConfigFile;
 use machinery::{Error, ErrorKind, Result};
 use machinery_images::Header;
 
@@ -21,7 +20,7 @@ use super::description::{Card, description};
 use super::domain::{Domain, DomainEntry, INSTALLED, Recorded, next_snapshot};
 use super::folder::expect_space;
 use super::host;
-use super::info::{DISK, Info, domain_entries};
+use super::info::{DISK, Info, configured_dsn, domain_entries};
 use super::make::{Plan, make};
 use super::options::{Create, Ready};
 use super::publish::Made;
@@ -37,15 +36,10 @@ const LOCAL: &str = "qemu:///";
 /// Returns the address of the libvirt that gets the domain.
 ///
 /// # Errors
-/// It is on another computer, or `kvm.yaml` names another one.
+/// It is on another computer.
 pub fn dsn(cwd: &Cwd, create: &Create) -> Result<String> {
-    let configured = configured_dsn(cwd)?;
-    let dsn = create.dsn.clone().or_else(|| configured.clone()).unwrap_or_else(|| DEFAULT_DSN.to_owned());
-    if let Some(other) = configured.filter(|other| *other != dsn) {
-        return Err(Error::configuration(format!("kvm.yaml names the libvirt {other}, and not {dsn}"))
-            .machine(&create.name)
-            .advice("Leave out --dsn: a kvm.yaml has one libvirt"));
-    }
+    let given = create.dsn.clone().map_or_else(|| configured_dsn(cwd), |dsn| Ok(Some(dsn)));
+    let dsn = given?.unwrap_or_else(|| DEFAULT_DSN.to_owned());
     if !dsn.starts_with(LOCAL) {
         return Err(Error::unsupported(&format!(
             "making a machine at {dsn}, as its disk is a file of this computer"
@@ -54,11 +48,6 @@ pub fn dsn(cwd: &Cwd, create: &Create) -> Result<String> {
         .advice("Run the command on that computer, with --dsn qemu:///system"));
     }
     Ok(dsn)
-}
-
-fn configured_dsn(cwd: &Cwd) -> Result<Option<String>> {
-    let path = cwd.machinery_yaml(KVM);
-    if path.exists() { ConfigFile::read_trusted(&path)?.parse_at(&["dsn"]) } else { Ok(None) }
 }
 
 /// Returns the interface on which the machine's traffic is captured.
@@ -147,18 +136,13 @@ pub struct Found {
 pub fn find(cwd: &Cwd, name: &str) -> Result<Found> {
     let entry = domain_entries(cwd)?.into_iter().find(|entry| entry.name == name);
     let entry = entry.ok_or_else(|| Error::configuration("kvm.yaml has no such machine").machine(name))?;
-    found(entry, &libvirt(cwd)?)
-}
-
-/// Returns the address of the libvirt of the configuration's machines.
-fn libvirt(cwd: &Cwd) -> Result<String> {
-    Ok(configured_dsn(cwd)?.unwrap_or_else(|| DEFAULT_DSN.to_owned()))
+    found(entry)
 }
 
 /// Finds the machine of an entry.
-fn found(entry: DomainEntry, dsn: &str) -> Result<Found> {
+fn found(entry: DomainEntry) -> Result<Found> {
     let name = &entry.name;
-    let described = Virsh::new(dsn)?.read(&["dumpxml", "--inactive", "--domain", &entry.label]);
+    let described = Virsh::new(&entry.dsn)?.read(&["dumpxml", "--inactive", "--domain", &entry.label]);
     let by_hand = "Remove its entry from kvm.yaml by hand, and its domain by `virsh undefine`";
     let described = described.map_err(|error| error.machine(name).default_advice(by_hand))?;
     let described = import::Domain::read(&described)?;
@@ -168,16 +152,24 @@ fn found(entry: DomainEntry, dsn: &str) -> Result<Found> {
     let info = Info::read(folder).map_err(|error| foreign().detail(error.reason()))?;
     let own = info.machine.domain.clone();
     let own = own.filter(|own| own.uuid == described.uuid && own.label == entry.label).ok_or_else(foreign)?;
-    let domain = Domain { dsn: dsn.to_owned(), snapshot: entry.snapshot.unwrap_or_default(), ..own };
+    let domain = Domain { dsn: entry.dsn, snapshot: entry.snapshot.unwrap_or_default(), ..own };
     Ok(Found { folder: folder.to_owned(), info, domain })
 }
 
-/// Finds the machines of the configuration that `machine create` has made, until libvirt does not answer.
+/// Finds the machines of the configuration that `machine create` has made. A libvirt that does not answer is asked once.
 pub fn all_found(cwd: &Cwd) -> impl Iterator<Item = Found> {
-    let configured = libvirt(cwd).and_then(|dsn| Ok((dsn, domain_entries(cwd)?)));
-    let (dsn, entries) = configured.unwrap_or_default();
-    let found = entries.into_iter().map(move |entry| found(entry, &dsn));
-    found.take_while(|found| !matches!(found, Err(error) if error.kind() == ErrorKind::Timeout)).flatten()
+    let mut silent = Vec::new();
+    domain_entries(cwd).unwrap_or_default().into_iter().filter_map(move |entry| {
+        let dsn = entry.dsn.clone();
+        if silent.contains(&dsn) {
+            return None;
+        }
+        let found = found(entry);
+        if matches!(&found, Err(error) if error.kind() == ErrorKind::Timeout) {
+            silent.push(dsn);
+        }
+        found.ok()
+    })
 }
 
 /// Takes the snapshot of a machine anew.

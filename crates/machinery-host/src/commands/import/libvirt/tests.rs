@@ -249,9 +249,23 @@ fn new_file_gets_the_libvirt_and_the_interface_of_the_import() {
         (yaml["dsn"].as_str(), yaml["interface"].as_str()),
         (Some(lab.dsn().as_str()), Some("virbr7"))
     );
-    // Another libvirt does not belong to that file.
-    let error = lab.fails(&["--dsn", "test:///default"]);
-    assert!(error.contains("the machines are of test:///default"), "{error}");
+}
+
+#[test]
+fn domain_of_another_libvirt_gets_the_address_of_that_libvirt() {
+    let lab = Lab::new(&[complete()]);
+    let text = lab.text().replace(&lab.dsn(), "qemu:///system");
+    fs::write(lab.yaml(), &text).unwrap();
+    lab.import(&["--dsn", &lab.dsn()]).unwrap();
+    let label = "    label: win10\n";
+    let entry = COMPLETE_ENTRY.replace(label, &format!("{label}    dsn: {}\n", lab.dsn()));
+    assert_eq!(lab.text(), text.clone() + &entry);
+    let again = lab.import(&["--dsn", &lab.dsn()]).unwrap();
+    assert!(again.skipped[0].reason.contains("has this machine already, unchanged"), "{again:?}");
+    // The name is that of a machine of another libvirt.
+    fs::write(lab.yaml(), text + COMPLETE_ENTRY).unwrap();
+    let error = lab.fails(&["--dsn", &lab.dsn()]);
+    assert!(error.contains("the file has this machine already, with another dsn"), "{error}");
 }
 
 #[test]
