@@ -412,6 +412,37 @@ mod tests {
         assert!(Config::read(&setup(&remote)).is_ok());
     }
 
+    #[test]
+    fn machine_has_the_libvirt_that_it_names_or_else_that_of_the_machinery() {
+        let machine = |number: u8| MACHINE.replace("0.1", &format!("0.{number}"));
+        let text = format!(
+            "dsn: qemu+ssh://lab/system\ninterface: none9\nmachines:\n  a: {{label: x, {}}}\n  \
+             b: {{label: x, dsn: 'qemu:///system', interface: lo, {}}}\n",
+            machine(1),
+            machine(2)
+        );
+        let config = Config::read(&setup(&text)).unwrap();
+        let [a, b] = &config.machines[..] else { panic!("not two machines") };
+        assert_eq!((a.dsn.as_str(), b.dsn.as_str()), ("qemu+ssh://lab/system", "qemu:///system"));
+        assert_eq!((&a.info.hypervisor, b.info.hypervisor.as_deref()), (&None, Some("qemu:///system")));
+        assert!(a.image.is_off() && !b.image.is_off() && config.image_folder().is_some());
+        assert_eq!(config.dsns(), ["qemu+ssh://lab/system", "qemu:///system"]);
+        let unique = [a, b].map(|keys| keys.unique().into_iter().filter(|(key, _)| *key == "label").collect());
+        let [a, b]: [Vec<_>; 2] = unique;
+        assert!(a.iter().all(|label| !b.contains(label)), "{a:?} {b:?}");
+        for (old, new, words) in [
+            ("dsn: 'qemu:///system'", "dsn: here", "machines.b.dsn: 'here' is not a URI of libvirt"),
+            ("dsn: 'qemu:///system', ", "", "machines.b.label: 'x' is already the label of machine 'a'"),
+            ("dsn: 'qemu:///system', ", "dsn: 'qemu+ssh://lab/system', ", "'x' is already the label"),
+            ("interface: lo", "interface: none8", "machines.b.interface: "),
+            ("interface: lo, ", "", "interface: the interface 'none9' does not exist"),
+        ] {
+            let text = Config::read(&setup(&text.replace(old, new))).err().unwrap().to_string();
+            assert!(text.contains(words), "no {words:?} in {text}");
+        }
+        assert_eq!(Config::read(&setup("interface: lo\n")).unwrap().dsns(), ["qemu:///system"]);
+    }
+
     fn setup_with_section(section: &str) -> Setup {
         let mut setup = setup(&format!("interface: lo\nmachines:\n  a: {{label: y, {MACHINE}}}\n"));
         let text = format!("machineries:\n  kvm:\n{section}");

@@ -338,6 +338,29 @@ mod tests {
     }
 
     #[test]
+    fn marker_is_an_orphan_when_its_machine_is_gone_or_has_another_libvirt() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |dsn: Option<&str>| Run {
+            uuid: "u".into(),
+            token: "t".into(),
+            boot: "b".into(),
+            marked: true,
+            resumed: None,
+            overlays: Vec::new(),
+            owners: Vec::new(),
+            dsn: dsn.map(str::to_owned),
+        };
+        for (name, dsn) in [("gone", None), ("moved", Some("x:///old")), ("stays", Some("x:///a")), ("earlier", None)] {
+            RunMarker::of(name, folder.path()).write(run(dsn));
+        }
+        let known = |name: &str| (name != "gone").then(|| "x:///a".to_owned());
+        let mut found: Vec<_> =
+            RunMarker::orphans(folder.path(), known).iter().map(|marker| marker.recorded_dsn()).collect();
+        found.sort();
+        assert_eq!(found, [None, Some("x:///old".to_owned())]);
+    }
+
+    #[test]
     fn token_differs_for_each_run() {
         assert_ne!(kernel_id("uuid").unwrap(), kernel_id("uuid").unwrap());
         assert_eq!(kernel_id("boot_id").unwrap(), kernel_id("boot_id").unwrap());
