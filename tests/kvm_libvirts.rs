@@ -134,7 +134,7 @@ fn libvirtd_that_is_killed_costs_its_own_machines_and_they_heal_when_it_is_back(
 
 #[test]
 fn libvirtd_that_hangs_costs_its_own_machines_and_they_heal_when_it_goes_on() {
-    let mut served = Served::new("timeouts: {restore_start: 8}");
+    let mut served = Served::new("timeouts: {state: 3, restore_start: 8, stop: 5}");
     served.run("a2");
     served.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
     let mut waiting = served.host.client().unwrap();

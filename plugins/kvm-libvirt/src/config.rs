@@ -427,7 +427,8 @@ mod tests {
         assert_eq!((&a.info.hypervisor, b.info.hypervisor.as_deref()), (&None, Some("qemu:///system")));
         assert!(a.image.is_off() && !b.image.is_off() && config.image_folder().is_some());
         assert_eq!(config.dsns(), ["qemu+ssh://lab/system", "qemu:///system"]);
-        let unique = [a, b].map(|keys| keys.unique().into_iter().filter(|(key, _)| *key == "label").collect());
+        let unique =
+            [a, b].map(|keys| keys.unique().into_iter().filter(|(key, _)| *key == "label").collect());
         let [a, b]: [Vec<_>; 2] = unique;
         assert!(a.iter().all(|label| !b.contains(label)), "{a:?} {b:?}");
         for (old, new, words) in [

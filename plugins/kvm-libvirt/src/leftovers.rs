@@ -350,7 +350,9 @@ mod tests {
             owners: Vec::new(),
             dsn: dsn.map(str::to_owned),
         };
-        for (name, dsn) in [("gone", None), ("moved", Some("x:///old")), ("stays", Some("x:///a")), ("earlier", None)] {
+        for (name, dsn) in
+            [("gone", None), ("moved", Some("x:///old")), ("stays", Some("x:///a")), ("earlier", None)]
+        {
             RunMarker::of(name, folder.path()).write(run(dsn));
         }
         let known = |name: &str| (name != "gone").then(|| "x:///a".to_owned());
