@@ -57,6 +57,15 @@ impl Report {
         self.findings.extend(other.findings);
     }
 
+    /// Changes the text of each finding.
+    #[must_use]
+    pub fn map_text(mut self, change: impl Fn(String) -> String) -> Report {
+        for finding in &mut self.findings {
+            finding.text = change(std::mem::take(&mut finding.text));
+        }
+        self
+    }
+
     /// Returns all findings.
     pub fn findings(&self) -> &[Finding] {
         &self.findings

@@ -24,6 +24,7 @@ use crate::errors::explain;
 use crate::files;
 use crate::foreign;
 use crate::leftovers::RunMarker;
+use crate::reaping;
 use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
 /// The time that libvirt has to answer all requests.
@@ -54,17 +55,27 @@ pub fn check(setup: &Setup, report: &mut Report) {
     if let Some(folder) = config.image_folder() {
         report.keep(expect_trusted(folder).map_err(|error| error.action("checking instant_dir")));
     }
-    let mut domains = Vec::new();
-    for dsn in config.dsns() {
-        let machines = config.machines.iter().filter(|keys| keys.dsn == dsn).cloned().collect();
+    let (mut domains, unreaped, dsns) = (Vec::new(), reaping::unreaped(), config.dsns());
+    for dsn in &dsns {
+        let machines = config.machines.iter().filter(|keys| keys.dsn == *dsn).cloned().collect();
         let found = report.keep(check_libvirt(setup, dsn, machines));
         if let Some((findings, described)) = found {
-            report.append(findings);
+            report.append(if dsns.len() > 1 { of_libvirt(findings, dsn) } else { findings });
             domains.extend(described);
         }
     }
     compare::shared_disks(&domains).iter().for_each(|problem| report.problem(problem));
+    let reaping = reaping::warning(&unreaped).filter(|_| dsns.iter().any(|dsn| is_local(dsn)));
+    reaping.into_iter().for_each(|warning| report.warning(warning));
     compare::same_domains(&domains).into_iter().for_each(|warning| report.warning(warning));
+}
+
+/// Adds the address of the libvirt to findings about no machine: the findings of several libvirts are listed together.
+fn of_libvirt(findings: Report, dsn: &str) -> Report {
+    findings.map_text(|text| match text.strip_prefix("kvm: ") {
+        Some(finding) if !text.contains(dsn) => format!("kvm at {dsn}: {finding}"),
+        _ => text,
+    })
 }
 
 /// Checks one libvirt and its machines, and returns the findings and the domains.

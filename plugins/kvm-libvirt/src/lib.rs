@@ -32,7 +32,7 @@
 //! | `events`, `prepare/save`, `console`, `errno` | libvirt's event loop, saving to a file, the console, the system's errors: all `unsafe` code |
 //! | `states`, `errors` | the meaning of libvirt's states, events and errors |
 //! | `description`, `files` | libvirt's XML as types, and the files that it names |
-//! | `check`, `compare`, `access`, `confinement` | the checks of `cuckoo-machinery check`, among them how libvirt confines QEMU |
+//! | `check`, `compare`, `access`, `confinement`, `reaping` | the checks of `cuckoo-machinery check`, among them how libvirt confines QEMU |
 
 mod access;
 mod call;
@@ -55,6 +55,7 @@ mod inspect;
 mod leftovers;
 mod machine;
 mod prepare;
+mod reaping;
 mod reload;
 mod restore;
 mod shared;

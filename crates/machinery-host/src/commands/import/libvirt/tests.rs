@@ -258,7 +258,7 @@ fn domain_of_another_libvirt_gets_the_address_of_that_libvirt() {
     fs::write(lab.yaml(), &text).unwrap();
     lab.import(&["--dsn", &lab.dsn()]).unwrap();
     let label = "    label: win10\n";
-    let entry = COMPLETE_ENTRY.replace(label, &format!("{label}    dsn: {}\n", lab.dsn()));
+    let entry = COMPLETE_ENTRY.replace(label, &format!("{label}    dsn: \"{}\"\n", lab.dsn()));
     assert_eq!(lab.text(), text.clone() + &entry);
     let again = lab.import(&["--dsn", &lab.dsn()]).unwrap();
     assert!(again.skipped[0].reason.contains("has this machine already, unchanged"), "{again:?}");
