@@ -22,7 +22,7 @@ use crate::cwd::{Cwd, make_reachable_folder};
 use crate::events::Events;
 use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::services::Services;
-use crate::fleet::{Fleet, Losses, Machine, Machinery, Roster};
+use crate::fleet::{Diagnosing, Fleet, Losses, Machine, Machinery, Roster};
 use crate::plugin::call::{GRACE, call_all, call_blocking, call_each};
 use crate::plugin::open::{OpenFailure, OpenedPlugin, conflicts, open};
 use crate::plugin::search::{PluginFile, PluginSearch};
@@ -184,7 +184,7 @@ fn load(
     match describe(name, &instance, limits) {
         Ok((capabilities, version, infos)) => {
             let plugin = PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() };
-            let (name, diagnosing) = (name.to_owned(), Arc::default());
+            let (name, diagnosing) = (name.to_owned(), Diagnosing::default());
             let (adopts, losses) = (AtomicBool::new(false), Losses::default());
             let machinery =
                 Machinery { name, capabilities, version, instance, plugin, diagnosing, adopts, losses };

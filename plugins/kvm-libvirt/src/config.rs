@@ -436,7 +436,7 @@ mod tests {
             ("dsn: 'qemu:///system', ", "", "machines.b.label: 'x' is already the label of machine 'a'"),
             ("dsn: 'qemu:///system', ", "dsn: 'qemu+ssh://lab/system', ", "'x' is already the label"),
             ("interface: lo", "interface: none8", "machines.b.interface: "),
-            ("interface: lo, ", "", "interface: the interface 'none9' does not exist"),
+            ("interface: lo, ", "", "interface: the network interface 'none9' does not exist"),
         ] {
             let text = Config::read(&setup(&text.replace(old, new))).err().unwrap().to_string();
             assert!(text.contains(words), "no {words:?} in {text}");

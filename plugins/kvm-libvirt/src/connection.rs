@@ -167,8 +167,11 @@ impl Connection {
     /// The connection does not come back in time.
     fn wait_for_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
-        let away_for = self.events.lock().lost_at.map_or(RECONNECT_TIMEOUT, |at| at.elapsed());
-        let timeout = deadline.within(RECONNECT_TIMEOUT.saturating_sub(away_for).max(ATTEMPT_TIMEOUT));
+        // A libvirt that has never been there may never come.
+        let patience = self.events.lock().lost_at.map_or(Duration::ZERO, |lost_at| {
+            RECONNECT_TIMEOUT.saturating_sub(lost_at.elapsed()).max(ATTEMPT_TIMEOUT)
+        });
+        let timeout = deadline.within(patience);
         let is_lost = |connection: &ConnectionState| matches!(connection, ConnectionState::Lost(_));
         let state = self.events.wait_while(timeout, |state| is_lost(&state.connection));
         match &state.connection {

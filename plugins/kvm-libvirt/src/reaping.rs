@@ -1,7 +1,7 @@
 //! QEMUs that have ended and that nobody has reaped: a finding for `check`.
 //!
 //! A QEMU of libvirt is a child of the first process of its PID namespace, which has to reap it. libvirt waits for that
-//! when it stops a domain, for a minute. The first process of some containers reaps processes late, or never.
+//! when it stops a domain, for over a minute. The first process of some containers reaps processes late, or never.
 //! Sources: libvirt's src/util/virprocess.c; proc(5).
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ pub fn warning(before: &BTreeSet<u32>) -> Option<String> {
     let number = unreaped().intersection(before).count();
     (number > 0).then(|| {
         format!(
-            "kvm: {number} QEMUs have ended and are not reaped. libvirt waits for that at each stop, for up to a minute. Run the \
+            "kvm: {number} QEMUs have ended and are not reaped. libvirt waits for that at each stop, for over a minute. Run the \
              container with an init that reaps processes (such as `docker run --init`)"
         )
     })

@@ -132,17 +132,7 @@ impl Shared for Kvm {
                 Ok(infos.iter().map(|info| check::diagnose(connect, info)).collect::<Vec<_>>())
             })
         });
-        let (found, failures): (Vec<_>, Vec<_>) = diagnosed.into_iter().partition(Result::is_ok);
-        let failures: Vec<Error> = failures.into_iter().filter_map(Result::err).collect();
-        if found.is_empty()
-            && let Some(error) = Error::all(failures.clone())
-        {
-            return Err(error);
-        }
-        failures
-            .iter()
-            .for_each(|error| tracing::warn!(%error, "the machines of one libvirt are not diagnosed"));
-        Ok(found.into_iter().flatten().flatten().collect())
+        Ok(diagnosed.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
     fn budget(&self) -> Option<&Arc<Budget>> {

@@ -4,11 +4,12 @@
 //! host records this apart from machines that an operator or a failed action has disabled. Only an operator
 //! enables those again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Diagnosis, Error, Result};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::fleet::{Machine, Machinery, Roster};
@@ -17,13 +18,21 @@ use crate::plugin::call::CallResult;
 /// The longest that a machinery may take to diagnose all its machines. The host's start, or a reload, waits.
 const MAX_DIAGNOSIS: Duration = Duration::from_secs(30);
 
-/// Diagnoses all machines; each machinery has `limit` for its answer, and at most 30 seconds.
+/// Diagnoses all machines; each hypervisor of a machinery has `limit` for its answer, and at most 30 seconds.
 pub async fn diagnose_all(roster: &Roster, limit: Duration) {
     let limit = limit.min(MAX_DIAGNOSIS);
     for machinery in roster.machineries() {
         let of_it = |machine: &&Arc<Machine>| Arc::ptr_eq(&machine.machinery, machinery);
-        let machines: Vec<_> = roster.machines().iter().filter(of_it).cloned().collect();
-        diagnose(machinery, &machines, limit).await;
+        let mut hypervisors = BTreeMap::<_, Vec<_>>::new();
+        for machine in roster.machines().iter().filter(of_it) {
+            hypervisors.entry(machine.info().hypervisor.clone()).or_default().push(Arc::clone(machine));
+        }
+        let mut diagnoses = JoinSet::new();
+        for machines in hypervisors.into_values() {
+            let machinery = Arc::clone(machinery);
+            diagnoses.spawn(async move { diagnose(&machinery, &machines, limit).await });
+        }
+        diagnoses.join_all().await;
     }
 }
 
@@ -36,7 +45,7 @@ pub async fn diagnose_one(machine: &Arc<Machine>, limit: Duration) -> Result<(),
     machine.status().availability.unusable.map_or(Ok(()), Err)
 }
 
-/// Diagnoses machines of one machinery. If that fails, the host logs the failure and keeps the earlier
+/// Diagnoses machines of one hypervisor. If that fails, the host logs the failure and keeps the earlier
 /// results.
 async fn diagnose(machinery: &Arc<Machinery>, machines: &[Arc<Machine>], limit: Duration) {
     match ask(machinery, machines, limit).await {
@@ -61,8 +70,9 @@ async fn ask(
     limit: Duration,
 ) -> Result<Vec<Diagnosis>> {
     let names: Vec<String> = machines.iter().map(|machine| machine.name().to_owned()).collect();
-    // Only one diagnosis runs at a time, so a plugin that hangs blocks a single thread.
-    let permit = timeout(limit, Arc::clone(&machinery.diagnosing).lock_owned()).await;
+    // Only one diagnosis of a hypervisor runs at a time, so a plugin that hangs blocks a single thread.
+    let hypervisor = machines.first().and_then(|machine| machine.info().hypervisor.clone());
+    let permit = timeout(limit, machinery.diagnosing(hypervisor.as_ref()).lock_owned()).await;
     let permit =
         permit.map_err(|_| Error::timeout("an earlier diagnosis has not returned from its plugin"))?;
     let called = machinery.call("diagnose", limit, move |machinery, deadline| {
@@ -81,7 +91,7 @@ async fn ask(
 mod tests {
     use super::super::lab::Lab;
     use super::*;
-    use machinery::Error;
+    use machinery::{Error, MachineInfo};
 
     const LIMIT: Duration = Duration::from_secs(60);
 
@@ -96,6 +106,18 @@ mod tests {
         assert!(diagnose_one(&lab.machine, LIMIT).await.is_err(), "the earlier result is kept");
         diagnose_one(&lab.machine, LIMIT).await.unwrap();
         assert_eq!(lab.disabled_reason(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_is_diagnosed_while_another_hypervisor_hangs() {
+        let lab = Lab::new("");
+        let (machine, hypervisor) = (&lab.machine, Some("elsewhere".to_owned()));
+        let _hangs = machine.machinery.diagnosing(hypervisor.as_ref()).lock_owned().await;
+        lab.plugin.set_unusable("m", Some("no disk"));
+        assert!(diagnose_one(machine, LIMIT).await.unwrap_err().contains("no disk"));
+        lab.plugin.set_unusable("m", None);
+        machine.set_info(MachineInfo { hypervisor, ..MachineInfo::clone(&machine.info()) });
+        assert!(diagnose_one(machine, LIMIT).await.is_err(), "the earlier result is kept");
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,7 +15,7 @@ use machinery::{
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::watch;
 
-use super::{Losses, Machine, Machinery};
+use super::{Diagnosing, Losses, Machine, Machinery};
 use crate::events::{Event, Events};
 use crate::plugin::checksum::FileHash;
 use crate::plugin::search::PluginFile;
@@ -113,7 +113,7 @@ impl FakePlugin {
                 path: PathBuf::from("/none"),
                 sha256: FileHash::of(Path::new("/dev/null")).unwrap(),
             },
-            diagnosing: Arc::default(),
+            diagnosing: Diagnosing::default(),
             adopts: AtomicBool::new(false),
             losses: Losses::default(),
         })

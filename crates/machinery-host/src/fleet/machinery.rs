@@ -1,7 +1,8 @@
 //! A loaded machinery.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use machinery::Capabilities;
 use machinery::host::Instance;
@@ -20,13 +21,16 @@ pub struct Machinery {
     pub version: String,
     /// The file that the plugin was loaded from.
     pub plugin: PluginFile,
-    /// Held while the plugin diagnoses machines.
-    pub diagnosing: Arc<tokio::sync::Mutex<()>>,
+    /// See [`diagnosing`](Machinery::diagnosing).
+    pub diagnosing: Diagnosing,
     /// See [`adopts`](Machinery::adopts).
     pub adopts: AtomicBool,
     /// The losses of the machinery's runs.
     pub losses: Losses,
 }
+
+/// A lock for each hypervisor of the machinery.
+pub type Diagnosing = Mutex<HashMap<Option<String>, Arc<tokio::sync::Mutex<()>>>>;
 
 /// The number of losses since the start of the host.
 #[derive(Debug, Default)]
@@ -38,6 +42,12 @@ pub struct Losses {
 }
 
 impl Machinery {
+    /// Returns the lock that is held while the plugin diagnoses machines of that hypervisor.
+    pub fn diagnosing(&self, hypervisor: Option<&String>) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.diagnosing.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(locks.entry(hypervisor.cloned()).or_default())
+    }
+
     /// Reports whether the next host adopts the runs of this one: the plugin supports it, and the configuration does not
     /// forbid it.
     pub fn adopts(&self) -> bool {

@@ -35,5 +35,5 @@ pub mod state_file;
 pub mod status;
 
 pub use machine::Machine;
-pub use machinery::{Losses, Machinery};
+pub use machinery::{Diagnosing, Losses, Machinery};
 pub use roster::{Fleet, Roster};
