@@ -172,7 +172,7 @@ impl Config {
             let info = MachineInfo::new(name, &machine.shared, own.label, own.snapshot, &file.interface);
             let hypervisor = Some(dsn.to_owned()).filter(|dsn| *dsn != file.dsn);
             let info = MachineInfo { console: section.has_console(name), hypervisor, ..info };
-            let overlay = file.overlay_of(&info.label);
+            let overlay = file.overlay_of(&info);
             let image = Image::of(name, instant_at(dsn), &instant_dir, overlay).of_host(dsn::host(dsn));
             let (domain, dsn) = (format!("{} at {dsn}", info.label), dsn.to_owned());
             Keys { info, dsn, domain, standby: section.standby_of(name), image }
@@ -214,9 +214,14 @@ pub fn renamed_keys_of(setup: &Setup) -> Vec<String> {
 
 impl KvmFile {
     /// Returns the overlay of a domain's first disk: its path, or only its name if it lies beside that disk. A label is
-    /// unique in libvirt, and a machine's name only in its host.
-    fn overlay_of(&self, label: &str) -> PathBuf {
-        self.disposable_copy_dir.clone().unwrap_or_default().join(format!("{label}_disposable.qcow2"))
+    /// unique in its libvirt, and a machine's name only in its host.
+    fn overlay_of(&self, info: &MachineInfo) -> PathBuf {
+        let (label, name) = (&info.label, &info.name);
+        let file = match info.hypervisor {
+            None => format!("{label}_disposable.qcow2"),
+            Some(_) => format!("{label}_{name}_disposable.qcow2"),
+        };
+        self.disposable_copy_dir.clone().unwrap_or_default().join(file)
     }
 }
 
@@ -425,6 +430,7 @@ mod tests {
         let [a, b] = &config.machines[..] else { panic!("not two machines") };
         assert_eq!((a.dsn.as_str(), b.dsn.as_str()), ("qemu+ssh://lab/system", "qemu:///system"));
         assert_eq!((&a.info.hypervisor, b.info.hypervisor.as_deref()), (&None, Some("qemu:///system")));
+        assert_eq!(b.image.overlay(), Path::new("x_b_disposable.qcow2"));
         assert!(a.image.is_off() && !b.image.is_off() && config.image_folder().is_some());
         assert_eq!(config.dsns(), ["qemu+ssh://lab/system", "qemu:///system"]);
         let unique =

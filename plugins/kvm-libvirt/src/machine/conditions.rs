@@ -6,12 +6,16 @@ use virt::domain::Domain;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
 use super::state::Activity;
+use crate::dsn::is_local;
 use crate::foreign;
 
 impl Machine {
     /// Returns the reason why the configuration allows no standby, if it does not.
     pub(super) fn no_standby_reason(&self) -> Option<&'static str> {
         match self.keys.standby {
+            Standby::Auto if !is_local(&self.keys.dsn) => Some(
+                "libvirt is on another computer, whose free memory the host does not know; set standby: on to have a standby",
+            ),
             Standby::On | Standby::Auto => None,
             Standby::Off => Some("standby is off"),
         }
