@@ -36,7 +36,7 @@ const LOCAL: &str = "qemu:///";
 /// Returns the address of the libvirt that gets the domain.
 ///
 /// # Errors
-/// It is on another computer.
+/// It is on another computer, or does not answer.
 pub fn dsn(cwd: &Cwd, create: &Create) -> Result<String> {
     let given = create.dsn.clone().map_or_else(|| configured_dsn(cwd), |dsn| Ok(Some(dsn)));
     let dsn = given?.unwrap_or_else(|| DEFAULT_DSN.to_owned());
@@ -47,6 +47,8 @@ pub fn dsn(cwd: &Cwd, create: &Create) -> Result<String> {
         .machine(&create.name)
         .advice("Run the command on that computer, with --dsn qemu:///system"));
     }
+    // Before anything is made, which this libvirt would have to remove.
+    Virsh::new(&dsn)?.read(&["uri"]).map_err(|error| error.machine(&create.name))?;
     Ok(dsn)
 }
 
