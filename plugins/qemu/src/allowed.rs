@@ -21,6 +21,7 @@ use std::fmt;
 use serde_json::Value;
 
 use crate::options::{self, Options, is_flag, walk};
+use crate::tpm;
 use dangers::{Danger, find};
 use table::Form;
 use values::{
@@ -111,6 +112,9 @@ impl Checker<'_> {
             }
             Form::Keys(implied, keys) => self.keys(&parse(name, value, implied)?, keys),
             Form::Drive => self.keys(&parse(name, value, "")?, &format!("{} {}", table::DRIVE, table::BLOCK)),
+            Form::Kinds if name == "chardev" && tpm::is_socket(&Options::parse(value, "backend")) => {
+                self.keys(&parse(name, value, "backend")?, "backend id path")
+            }
             Form::Kinds => self.kinds(name, value),
             Form::Image => self.value(Class::Image, "its value", &value.into()),
             Form::Write => self.value(Class::Write, "its value", &value.into()),

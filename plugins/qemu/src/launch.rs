@@ -8,7 +8,8 @@
 //! | --- | --- |
 //! | 3 | the monitor's socket, which listens |
 //! | 4 | the guest's RAM, if it is a file of the plugin |
-//! | 5 … | taps and sockets of the machine's own arguments |
+//! | 5 | the run's own [TPM](crate::tpm), if it has one |
+//! | 6 … | taps and sockets of the machine's own arguments |
 
 use std::fs::File;
 use std::io;
@@ -29,6 +30,7 @@ use rustix::net::{RecvFlags, recv};
 use crate::console::kind_of;
 use crate::options;
 use crate::passed::{Passed, pass};
+use crate::tpm::{self, Tpm};
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -45,7 +47,8 @@ const SANDBOX: [&str; 2] =
 /// The numbers of the descriptors in QEMU.
 const MONITOR: i32 = 3;
 const RAM: i32 = 4;
-const FIRST_PASSED: i32 = 5;
+const TPM: i32 = 5;
+const FIRST_PASSED: i32 = 6;
 
 /// The parameters of a new run.
 pub struct Start<'a> {
@@ -65,6 +68,8 @@ pub struct Start<'a> {
     /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
     pub confinement: Confinement,
+    /// The run's own TPM.
+    pub tpm: Option<Tpm>,
     /// The network of an isolated run.
     pub cell: Option<Arc<Cell>>,
     /// The interface of that network on the host.
@@ -160,7 +165,8 @@ fn launch(
     steps: &mut Steps,
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
-    let process = Process::start(command(start, listener, deadline)?, start.machine, kind_of)?;
+    let (command, tpm) = command(start, listener, deadline)?;
+    let process = Process::start_with_helper(command, tpm, start.machine, kind_of)?;
     steps.done("spawn");
     match wait_for_greeting(
         &stream.as_fd().try_clone_to_owned().map_err(no_monitor)?,
@@ -178,10 +184,19 @@ fn launch(
     }
 }
 
-/// Returns the command that runs QEMU in its jail.
-fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) -> Result<Command> {
+/// Returns the command that runs QEMU in its jail, and that of its TPM.
+fn command(
+    start: &mut Start<'_>,
+    listener: UnixListener,
+    deadline: Deadline,
+) -> Result<(Command, Option<Command>)> {
     let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
     let mut args = start.args.clone();
+    let tpm = start.tpm.as_ref().map(|tpm| tpm::command(tpm, &mut args, TPM, !start.incoming)).transpose()?;
+    let tpm = tpm.flatten().map(|(command, connection)| {
+        descriptors.push((connection, TPM));
+        command
+    });
     if start.confinement.is_confined() {
         let passed = pass(args, FIRST_PASSED, start.folder, start.cell.as_deref(), deadline)?;
         let Passed { args: with_numbers, descriptors: opened } = passed;
@@ -209,7 +224,7 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
     }
     let mut command = start.confinement.command(start.program, descriptors)?;
     command.args(args).current_dir(start.folder);
-    Ok(command)
+    Ok((command, tpm))
 }
 
 /// Returns the arguments that the plugin adds to the machine's own.

@@ -62,6 +62,7 @@ mod shared;
 mod snapshot;
 mod standby;
 mod states;
+mod tpm;
 mod version;
 mod vnc;
 

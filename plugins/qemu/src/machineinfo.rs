@@ -4,7 +4,7 @@
 //! arguments unchanged, except for the paths of images, which are replaced by overlays. Arguments that conflict
 //! with the plugin's control of the machine are refused.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::images::{Opened, PLACEHOLDER};
 use crate::options::{name_of, read_options_file, walk};
+use crate::tpm;
 
 /// Options that `start_args` may not contain, and the reasons. Cuckoo3's list, and `-daemonize`.
 const REFUSED: [(&str, &str); 8] = [
@@ -36,6 +37,8 @@ pub struct StartArgs {
     /// The arguments with the machine's name.
     args: Vec<String>,
     opened: Opened,
+    /// The state of the TPM for a cold boot.
+    tpm_state: Option<PathBuf>,
 }
 
 impl StartArgs {
@@ -68,13 +71,14 @@ impl StartArgs {
         })?;
         let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
         check(&args, folder)?;
-        Ok(StartArgs::named_in(args, folder, machine))
+        let tpm_state = info["machine"]["tpm_state"].as_str().map(PathBuf::from);
+        Ok(StartArgs { tpm_state, ..StartArgs::named_in(args, folder, machine) })
     }
 
     /// Puts the machine's name into its place.
     fn named_in(unchanged: Vec<String>, folder: &Path, machine: &str) -> StartArgs {
         let args: Vec<String> = unchanged.iter().map(|arg| arg.replace(NAME, machine)).collect();
-        StartArgs { opened: Opened::by(&args, folder), args, unchanged }
+        StartArgs { opened: Opened::by(&args, folder), args, unchanged, tpm_state: None }
     }
 
     /// Returns the arguments with overlays in place of the images: first the disk's overlay, then the others
@@ -89,6 +93,11 @@ impl StartArgs {
     /// Returns the files that the arguments open, except the disk's overlay.
     pub fn opened(&self) -> &Opened {
         &self.opened
+    }
+
+    /// Returns the file with the TPM's state for a cold boot.
+    pub fn tpm_state(&self) -> Option<&Path> {
+        self.tpm_state.as_deref()
     }
 
     /// Returns the arguments as they are in the file, with the placeholders. They are the same for all clones.
@@ -196,7 +205,7 @@ fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
             format!("Use it where the disk is named, as in -drive file={PLACEHOLDER},format=qcow2"),
         ));
     }
-    Ok(())
+    tpm::check(args)
 }
 
 fn brings_qmp(mon: &str) -> bool {

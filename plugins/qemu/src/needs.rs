@@ -17,6 +17,7 @@ use rustix::process::geteuid;
 
 use crate::config::MachineFiles;
 use crate::options::{Options, escaped};
+use crate::tpm;
 use crate::version::run;
 
 /// The script that QEMU runs for a tap by default. Source: `DEFAULT_NETWORK_SCRIPT` in QEMU's net/net.h.
@@ -31,6 +32,8 @@ enum Need {
     Tap(String),
     Script(PathBuf),
     Device(&'static str),
+    /// The program of a TPM.
+    Swtpm,
     /// A device that QEMU can do without, but more slowly.
     OptionalDevice(&'static str),
 }
@@ -39,6 +42,7 @@ impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Need::Kvm => f.write_str("KVM"),
+            Need::Swtpm => f.write_str("swtpm"),
             Need::Bridge(netdev) => write!(f, "-netdev {netdev}"),
             Need::Tap(name) => write!(f, "the tap {name}"),
             Need::Script(path) => write!(f, "the script {} for a tap", path.display()),
@@ -84,6 +88,9 @@ fn of(machine: &MachineFiles) -> Vec<Need> {
     let mut needs = Vec::new();
     if machine.start_args.wants_kvm() {
         needs.push(Need::Kvm);
+    }
+    if tpm::socket(machine.start_args.named()).is_some() {
+        needs.push(Need::Swtpm);
     }
     for (name, value) in machine.start_args.options() {
         match name {
@@ -148,6 +155,7 @@ impl Need {
                               qemu-bridge-helper the set-user-ID bit (chmod u+s) where the host does not run as root";
                 try_with_qemu(qemu, &["-netdev", netdev]).map_err(|error| error.advice(advice))
             }
+            Need::Swtpm => tpm::program().map(drop),
             Need::Tap(_) if geteuid().is_root() => Ok(()),
             Need::Tap(name) => find_interface(name),
             Need::Script(path) => access(path, Access::EXEC_OK).map_err(|error| {
@@ -211,6 +219,7 @@ mod tests {
                 &[tun, "the script /etc/qemu-ifup for a tap", "/dev/vhost-net"],
             ),
             (&["-device", "vhost-vsock-pci,guest-cid=3"], &["/dev/vhost-vsock"]),
+            (&["-chardev", "socket,id=c,path=%TPM_SOCKET_PATH%"], &["swtpm"]),
             (&["-netdev", "tap,id=n,fd=3"], &[]),
             (&["-netdev", "user,id=n", "-device", "rtl8139,netdev=n"], &[]),
         ] {

@@ -60,6 +60,33 @@ impl Process {
         Process::spawn(command, console.into(), None, machine, kind_of)
     }
 
+    /// Starts the process as [`start`](Process::start) does, and a helper in its group, which has the same console and is
+    /// ended with it.
+    ///
+    /// # Errors
+    /// One of them cannot be started. Neither remains then.
+    pub fn start_with_helper(
+        mut command: Command,
+        helper: Option<Command>,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        let Some(mut helper) = helper else { return Process::start(command, machine, kind_of) };
+        let (console, stderr) = pipe()?;
+        helper.stderr(stderr.try_clone().map_err(|error| no_pipe(&error))?);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        let process = Process::spawn(command, console.into(), None, machine, kind_of)?;
+        helper.process_group(process.handle.pid.cast_signed()).stdin(Stdio::null()).stdout(Stdio::null());
+        // Reaped with the rest of the group.
+        match helper.spawn() {
+            Ok(_) => Ok(process),
+            Err(error) => {
+                process.end(Duration::ZERO);
+                Err(Error::io("run", Path::new(helper.get_program()), &error))
+            }
+        }
+    }
+
     /// Starts the process as [`start`](Process::start) does, with its stdout in its console as well.
     ///
     /// # Errors

@@ -10,15 +10,25 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process_group};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, test_kill_process_group, waitpid,
+};
 
 /// The time that helpers have to end by themselves after their hypervisor.
 const HELPER_GRACE: Duration = Duration::from_secs(1);
 /// The time that a process has to end after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Waits for the remaining processes in the group of a leader that has ended, and kills them after a timeout.
+/// Waits for the remaining processes in the group of a leader that has ended, kills them after a timeout, and reaps
+/// those that are children of this process.
 pub fn end_rest(leader: Pid) {
+    end_members(leader);
+    if test_kill_process_group(leader).is_ok() {
+        reap_members(leader);
+    }
+}
+
+fn end_members(leader: Pid) {
     if wait_for_end(leader, HELPER_GRACE) {
         return;
     }
@@ -33,6 +43,20 @@ pub fn end_rest(leader: Pid) {
         let _ = pidfd_send_signal(helper, Signal::KILL);
     }
     wait_for_end(leader, KILL_TIMEOUT);
+}
+
+/// Reaps the children of this process that have ended in the group. The leader is reaped by its owner: another process may
+/// have its number by now.
+fn reap_members(leader: Pid) {
+    let is_ended = |pid: &Pid| {
+        let stat = stat(*pid).unwrap_or_default();
+        let mut fields = fields(&stat);
+        fields.next() == Some("Z") && fields.nth(1) == Some(number(leader).to_string().as_str())
+    };
+    for ended in pids().filter(|pid| *pid != leader).filter(is_ended) {
+        // It may be the child of another process.
+        let _ = waitpid(Some(ended), WaitOptions::NOHANG);
+    }
 }
 
 /// Waits until the group is empty; returns `false` if it is not within that time.

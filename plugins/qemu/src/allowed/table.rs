@@ -88,7 +88,7 @@ pub const OPTIONS: &[(&str, Form)] = &[
     ("drive", Drive),
     ("blockdev", Keys("driver", BLOCK)),
     // Devices, and the parts behind them.
-    ("device netdev nic net chardev object audiodev", Kinds),
+    ("device netdev nic net chardev object audiodev tpmdev", Kinds),
     ("audio", Kinds),
     ("usbdevice", Words("tablet mouse keyboard wacom-tablet")),
     ("serial parallel debugcon", Character),
@@ -111,7 +111,7 @@ pub const JSON: &str = "blockdev device netdev object";
 /// The keys of the kind, for options whose kinds are in [`KINDS`].
 pub const KIND_KEYS: &[(&str, &str)] = &[
     ("device", "driver"),
-    ("netdev nic net", "type"),
+    ("netdev nic net tpmdev", "type"),
     ("chardev", "backend"),
     ("object", "qom-type"),
     ("audiodev audio", "driver"),
@@ -167,6 +167,7 @@ pub const KINDS: &[(&str, &str, &str)] = &[
     ),
     ("object", "throttle-group", "id limits.* x-*"),
     ("object", "filter-dump", "id netdev file:write maxlen queue status position insert"),
+    ("tpmdev", "emulator", "id chardev"),
     ("audiodev", "none", "id timer-period in.* out.*"),
     ("audio", "none", "model id"),
     ("device", DISKS, DEVICE),
@@ -185,10 +186,10 @@ const USB: &str = "piix3-usb-uhci piix4-usb-uhci ich9-usb-uhci1 ich9-usb-uhci2 i
 const SOUND: &str = "intel-hda ich9-intel-hda hda-duplex hda-micro hda-output AC97 ES1370 sb16 adlib gus cs4231a virtio-sound";
 const SCREENS: &str = "VGA secondary-vga bochs-display ramfb cirrus-vga isa-cirrus-vga isa-vga vmware-svga qxl qxl-vga virtio-vga virtio-gpu";
 const BUSES: &str = "pci-bridge pcie-root-port ioh3420 pcie-pci-bridge i82801b11-bridge dmi-to-pci-bridge pxb pxb-pcie x3130-upstream xio3130-downstream intel-iommu amd-iommu virtio-iommu";
-const OTHERS: &str = "isa-serial pci-serial pci-serial-2x pci-serial-4x isa-parallel isa-debugcon isa-debug-exit virtio-serial virtconsole virtserialport virtio-balloon virtio-rng virtio-tablet virtio-mouse virtio-keyboard vmgenid vmcoreinfo pvpanic i6300esb ib700 hpet isa-applesmc smbus-eeprom sga vmmouse vmport pc-dimm pc-testdev pci-testdev edu";
+const OTHERS: &str = "isa-serial pci-serial pci-serial-2x pci-serial-4x isa-parallel isa-debugcon isa-debug-exit virtio-serial virtconsole virtserialport virtio-balloon virtio-rng virtio-tablet virtio-mouse virtio-keyboard vmgenid vmcoreinfo pvpanic i6300esb ib700 hpet isa-applesmc smbus-eeprom sga vmmouse vmport pc-dimm pc-testdev pci-testdev edu tpm-crb tpm-tis";
 
 /// The keys of devices. Properties with numbers and switches are many, and name nothing on this computer.
-pub const DEVICE: &str = "id driver bus addr drive netdev chardev audiodev iothread rng memdev display mac serial model ver vendor product vendor_id product_id wwn device_id name guid osk version type policy loadparm werror rerror bios-chs-trans lost_tick_policy speed duplex tx subsys primary-bus rombar romfile:read host_mtu *";
+pub const DEVICE: &str = "id driver bus addr drive netdev chardev tpmdev audiodev iothread rng memdev display mac serial model ver vendor product vendor_id product_id wwn device_id name guid osk version type policy loadparm werror rerror bios-chs-trans lost_tick_policy speed duplex tx subsys primary-bus rombar romfile:read host_mtu *";
 
 /// The keys of a block node in `-blockdev`; each may also be below `file`.
 pub const BLOCK: &str = "driver:format node-name read-only auto-read-only discard detect-zeroes force-share cache.direct cache.no-flush filename:image file:image locking aio aio-max-batch size lazy-refcounts pass-discard-request pass-discard-snapshot pass-discard-other overlap-check overlap-check.* cache-size l2-cache-size l2-cache-entry-size refcount-cache-size cache-clean-interval throttle-group limits.* prealloc-size prealloc-align read-zeroes backing:null";

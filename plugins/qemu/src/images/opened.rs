@@ -9,6 +9,7 @@ use super::files_read::{files_read_by, plain_file};
 use super::node::{NodeContent, Spelling, content, named};
 use super::shared_writes::{SharedWrite, shared_writes_of};
 use crate::options::{Options, read_options_file, walk};
+use crate::tpm;
 
 /// Options whose value is an image's path and nothing else.
 const PATHS: [&str; 9] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash"];
@@ -59,10 +60,14 @@ impl Opened {
         let options = walk(args);
         let nodes = options.filter_map(|(argument, name, value)| {
             let given = GivenOption { argument, name, value };
-            (name == "blockdev").then(|| Node::of(given)).or_else(|| {
+            if name == "blockdev" {
+                return Some(Node::of(given));
+            }
+            // The run's own TPM ends with the run.
+            if name != "tpmdev" || !tpm::is_own(value, args) {
                 opened.option(given);
-                None
-            })
+            }
+            None
         });
         let nodes: Vec<Node<'_>> = nodes.collect();
         nodes.iter().for_each(|node| opened.node(node, &nodes));

@@ -22,6 +22,7 @@ use crate::resources::Resource;
 use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
+use crate::tpm::{self, Tpm};
 
 /// The maximum time for QEMU to connect its monitor, and for `qemu-img` to make an overlay. A cancelled
 /// preparation cannot end these steps earlier.
@@ -101,6 +102,7 @@ impl Machine {
             incoming: !matches!(load, Load::Nothing),
             sockets: files_of(Resource::socket).collect(),
             confinement,
+            tpm: self.tpm()?,
             cell,
             interface: files.isolation.as_ref().map(|isolation| isolation.interface.as_str()),
         };
@@ -134,6 +136,18 @@ impl Machine {
             confinement.give(&file, overlay)?;
         }
         Ok(confinement)
+    }
+
+    /// Returns the run's own TPM, in a jail like QEMU's, if the machine has one.
+    fn tpm(&self) -> Result<Option<Tpm>> {
+        let args = &self.files().start_args;
+        if tpm::socket(args.named()).is_none() {
+            return Ok(None);
+        }
+        let mut policy = tpm::policy(tpm::program()?, self.policy().limits);
+        policy.environment.push((RUN_VARIABLE.to_owned(), self.socket.display().to_string()));
+        let state = args.tpm_state().map(|path| self.files().folder().join(path));
+        Ok(Some(Tpm { confinement: self.jail.confine(policy)?, state }))
     }
 
     /// Adds the advice to reload, if the arguments in the file have changed: that may have corrected the
