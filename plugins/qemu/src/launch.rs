@@ -192,7 +192,7 @@ fn command(
 ) -> Result<(Command, Option<Command>)> {
     let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
     let mut args = start.args.clone();
-    let tpm = start.tpm.as_ref().map(|tpm| tpm::command(tpm, &mut args, TPM, !start.incoming)).transpose()?;
+    let tpm = start.tpm.as_mut().map(|tpm| tpm::command(tpm, &mut args, TPM, !start.incoming)).transpose()?;
     let tpm = tpm.flatten().map(|(command, connection)| {
         descriptors.push((connection, TPM));
         command

@@ -4,7 +4,7 @@
 //! arguments unchanged, except for the paths of images, which are replaced by overlays. Arguments that conflict
 //! with the plugin's control of the machine are refused.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
@@ -37,8 +37,8 @@ pub struct StartArgs {
     /// The arguments with the machine's name.
     args: Vec<String>,
     opened: Opened,
-    /// The state of the TPM for a cold boot.
-    tpm_state: Option<PathBuf>,
+    /// The name of the file with the TPM's state for a cold boot, in the folder of the arguments.
+    tpm_state: Option<String>,
 }
 
 impl StartArgs {
@@ -71,7 +71,7 @@ impl StartArgs {
         })?;
         let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
         check(&args, folder)?;
-        let tpm_state = info["machine"]["tpm_state"].as_str().map(PathBuf::from);
+        let tpm_state = tpm::state_name(&info["machine"]["tpm_state"])?;
         Ok(StartArgs { tpm_state, ..StartArgs::named_in(args, folder, machine) })
     }
 
@@ -95,8 +95,8 @@ impl StartArgs {
         &self.opened
     }
 
-    /// Returns the file with the TPM's state for a cold boot.
-    pub fn tpm_state(&self) -> Option<&Path> {
+    /// Returns the name of the file with the TPM's state for a cold boot.
+    pub fn tpm_state(&self) -> Option<&str> {
         self.tpm_state.as_deref()
     }
 

@@ -31,6 +31,7 @@ pub mod record;
 mod resume;
 pub mod start_error;
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,6 +83,8 @@ pub struct Run {
     condemned: Mutex<Option<String>>,
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
+    /// The state of the run's own TPM.
+    tpm: Option<File>,
     record: RecordFile,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
@@ -116,6 +119,7 @@ impl Run {
             writes: start.writes,
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
+            tpm: start.tpm.and_then(|tpm| tpm.memory),
             cell,
             record,
         };
@@ -153,7 +157,7 @@ impl Run {
         purpose: Purpose,
         host: &Host,
     ) -> Result<Arc<Run>> {
-        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, record } = parts;
+        let Parts { machine, version, overlays, writes, sockets, cgroup, tpm, cell, record } = parts;
         let run = Arc::new(Run {
             machine,
             host: host.clone(),
@@ -166,6 +170,7 @@ impl Run {
             shutdown: Mutex::new(None),
             condemned: Mutex::new(None),
             writes,
+            tpm,
             record,
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
@@ -313,6 +318,11 @@ impl Run {
 
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
+    }
+
+    /// Returns the state of the run's own TPM.
+    pub fn tpm(&self) -> Option<&File> {
+        self.tpm.as_ref()
     }
 
     pub fn version(&self) -> Version {

@@ -15,14 +15,17 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
+use machinery_backend::files;
 use machinery_backend::jail::{Confinement, Limits, Policy};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde_json::Value;
 
 use crate::options::{Options, walk};
 
@@ -43,8 +46,10 @@ const MAX_STATE: u64 = 1 << 20;
 pub struct Tpm {
     /// The jail of its swtpm.
     pub confinement: Confinement,
-    /// The state in which a cold boot finds it; a new TPM without one.
+    /// The file with the state in which a cold boot finds it; a new TPM without one.
     pub state: Option<PathBuf>,
+    /// The state during the run, once that has begun.
+    pub memory: Option<File>,
 }
 
 /// Returns the index of the argument whose character device is connected with the run's own TPM, and its options.
@@ -81,6 +86,21 @@ pub fn check(args: &[String]) -> Result<(), (String, String)> {
     Err((format!("start_args has {PLACEHOLDER} at another place than the socket of one TPM"), advice))
 }
 
+/// Reads the name of the file with the TPM's state. The error is the reason and the advice.
+///
+/// # Errors
+/// It is no name of a file in the machine's folder.
+pub fn state_name(value: &Value) -> Result<Option<String>, (String, String)> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(name) if Path::new(name).file_name() == Some(name.as_ref()) => Ok(Some(name.clone())),
+        other => {
+            let advice = "Write the name of a file in the folder of the machineinfo".to_owned();
+            Err((format!("tpm_state is {other}, and has to be a name"), advice))
+        }
+    }
+}
+
 /// Returns the program, if it is installed.
 ///
 /// # Errors
@@ -103,7 +123,7 @@ pub fn policy(program: &Path, limits: Limits) -> Policy {
 /// # Errors
 /// swtpm is not installed, or its state cannot be read.
 pub fn command(
-    tpm: &Tpm,
+    tpm: &mut Tpm,
     args: &mut [String],
     number: i32,
     is_cold: bool,
@@ -111,7 +131,8 @@ pub fn command(
     let Some((index, mut options)) = socket(args) else { return Ok(None) };
     let failed = |error: io::Error| Error::environment(format!("cannot connect a TPM: {error}"));
     let (qemu, swtpm) = UnixStream::pair().map_err(failed)?;
-    let state = memory(tpm.state.as_deref().filter(|_| is_cold))?;
+    let state = memory(tpm.state.as_deref().filter(|state| is_cold && state.exists()))?;
+    tpm.memory = Some(state.try_clone().map_err(failed)?);
     let mut command =
         tpm.confinement.command(program()?, vec![(swtpm.into(), CONNECTION), (state.into(), STATE)])?;
     command.args(["socket", "--tpm2", "--terminate"]);
@@ -123,6 +144,17 @@ pub fn command(
         *argument = options.to_string();
     }
     Ok(Some((command, qemu.into())))
+}
+
+/// Writes the state of a run's TPM to that file, in place of an older one. The guest is paused.
+///
+/// # Errors
+/// The state cannot be read, or the file cannot be written.
+pub fn save(memory: &File, path: &Path) -> Result<()> {
+    let failed = |error: io::Error| Error::io("write the state of the TPM to", path, &error);
+    let mut content = vec![0; usize::try_from(memory.metadata().map_err(failed)?.len().min(MAX_STATE)).unwrap_or(0)];
+    memory.read_exact_at(&mut content, 0).map_err(failed)?;
+    files::replace(path, &content)
 }
 
 /// Creates the file in memory with the TPM's state: a copy of that file, or empty for a new TPM.
@@ -178,6 +210,15 @@ mod tests {
     }
 
     #[test]
+    fn state_is_a_file_in_the_folder_of_the_machine() {
+        assert_eq!(state_name(&Value::Null).unwrap(), None);
+        assert_eq!(state_name(&"tpm.state".into()).unwrap().as_deref(), Some("tpm.state"));
+        for wrong in [Value::from("../tpm.state"), "/tpm.state".into(), "".into(), "..".into(), 1.into()] {
+            assert!(state_name(&wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn socket_becomes_a_descriptor_in_qemus_arguments() {
         if program().is_err() {
             return;
@@ -185,12 +226,12 @@ mod tests {
         let policy = policy(Path::new("/usr/bin/swtpm"), Limits::default());
         let confinement = Jail::of_a_tool(JailMode::Off).confine(policy).unwrap();
         let mut args = args(&["-chardev", "socket,path=%TPM_SOCKET_PATH%,id=c", "-m", "32"]);
-        let tpm = Tpm { confinement, state: None };
-        let (command, _) = command(&tpm, &mut args, 5, false).unwrap().unwrap();
+        let mut tpm = Tpm { confinement, state: None, memory: None };
+        let (command, _) = command(&mut tpm, &mut args, 5, false).unwrap().unwrap();
         assert_eq!(args, ["-chardev", "backend=socket,id=c,fd=5", "-m", "32"]);
         assert!(command.get_args().any(|arg| arg == "backend-uri=file:///proc/self/fd/4"));
         let mut without = vec!["-m".to_owned(), "32".to_owned()];
-        assert!(super::command(&tpm, &mut without, 5, false).unwrap().is_none());
+        assert!(super::command(&mut tpm, &mut without, 5, false).unwrap().is_none());
     }
 
     #[test]
@@ -202,6 +243,9 @@ mod tests {
         assert_eq!(memory(None).unwrap().metadata().unwrap().len(), 0);
         File::create(&path).unwrap().set_len(MAX_STATE + 1).unwrap();
         assert!(memory(Some(&path)).unwrap_err().to_string().contains("no state of a TPM"));
-        assert!(memory(Some(&folder.path().join("none"))).is_err());
+        let saved = folder.path().join("saved");
+        std::fs::write(&path, "later").unwrap();
+        save(&memory(Some(&path)).unwrap(), &saved).unwrap();
+        assert_eq!(std::fs::read(&saved).unwrap(), b"later");
     }
 }

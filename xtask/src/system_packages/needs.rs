@@ -42,7 +42,7 @@ const DEBOOTSTRAP: Need = Need {
 };
 
 /// The needs of the tests and of the demo.
-pub const NEEDS: [Need; 18] = [
+pub const NEEDS: [Need; 19] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -63,6 +63,13 @@ pub const NEEDS: [Need; 18] = [
         args: &["/usr/share/OVMF/OVMF_CODE_4M.fd"],
         packages: &["ovmf"],
         why: "boots a machine by UEFI",
+    },
+    Need {
+        what: "swtpm",
+        program: "swtpm",
+        args: VERSION,
+        packages: &["swtpm"],
+        why: "is the TPM of a machine",
     },
     Need {
         what: "libvirtd",

@@ -125,17 +125,27 @@ fn unpack(package: &str, into: &Path) -> Result<()> {
 
 fn initramfs(root: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
+    add_user_space(&mut archive, root)?;
+    archive.program("init", INIT.as_bytes());
+    Ok(archive.finish())
+}
+
+/// Returns the init script.
+pub(super) fn init() -> &'static str {
+    INIT
+}
+
+/// Adds all files of the guest but its init script.
+pub(super) fn add_user_space(archive: &mut Archive, root: &Path) -> Result<()> {
     for folder in ["bin", "etc", "modules", "www", "www/cgi-bin"] {
         archive.folder(folder);
     }
-    archive.program("init", INIT.as_bytes());
     archive.program("bin/talk", TALK.as_bytes());
     archive.program("www/cgi-bin/mark", MARK.as_bytes());
     archive.program("www/cgi-bin/marks", MARKS.as_bytes());
     archive.file("www/index.json", INDEX.as_bytes());
     archive.file("etc/httpd.conf", HTTPD_CONF.as_bytes());
-    add_system(&mut archive, root)?;
-    Ok(archive.finish())
+    add_system(archive, root)
 }
 
 /// Adds busybox to `bin`, and the kernel modules to `modules`.
@@ -147,11 +157,15 @@ pub(super) fn add_system(archive: &mut Archive, root: &Path) -> Result<()> {
     let busybox = busybox.ok_or_else(|| Error::new("Debian's busybox-static package holds no busybox"))?;
     archive.program("bin/busybox", &content(&busybox)?);
     for (order, module) in MODULES.iter().enumerate() {
-        let file = find(root, |name| is_module(name, module))?;
-        if let Some(file) = file {
-            archive.file(&format!("modules/{order:02}-{module}.ko"), &content(&file)?);
-        }
+        add_module(archive, root, order, module)?;
     }
+    Ok(())
+}
+
+/// Adds a kernel module, which is loaded in that order.
+pub(super) fn add_module(archive: &mut Archive, root: &Path, order: usize, module: &str) -> Result<()> {
+    let Some(file) = find(root, |name| is_module(name, module))? else { return Ok(()) };
+    archive.file(&format!("modules/{order:02}-{module}.ko"), &content(&file)?);
     Ok(())
 }
 

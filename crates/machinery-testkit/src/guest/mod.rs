@@ -22,6 +22,7 @@ pub mod analysis;
 pub mod cape;
 mod cpio;
 pub mod debian;
+pub mod firmware;
 mod kind;
 pub mod linux;
 mod machine;

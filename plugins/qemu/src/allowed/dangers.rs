@@ -58,7 +58,7 @@ pub const KINDS: &[(&str, Danger)] = &[
         Connects,
     ),
     ("dbus braille", Connects),
-    ("pipe serial tty parallel parport", SharesHost),
+    ("pipe serial tty parallel parport passthrough", SharesHost),
     (
         "vfio* vhost* ivshmem* usb-host usb-redir usb-mtp usb-bt* scsi-generic scsi-block virtio-9p* u2f-*",
         SharesHost,

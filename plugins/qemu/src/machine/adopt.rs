@@ -96,6 +96,7 @@ impl Machine {
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
             cgroup: self.jail.adopted_cgroup(&self.policy()),
+            tpm: None,
             cell: self.cell.clone(),
             record: self.record.clone(),
         };

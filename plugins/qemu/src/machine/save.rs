@@ -23,6 +23,7 @@ use crate::memory;
 use crate::options::Options;
 use crate::run::Run;
 use crate::save::save_memory;
+use crate::tpm;
 
 /// The mode of a disk: the machine's own user reads it.
 const DISK_MODE: u32 = 0o644;
@@ -56,6 +57,9 @@ impl Machine {
         expect_one_disk(&files.start_args)?;
         self.shared.space.check(memory.parent().unwrap_or(memory))?;
         save_memory(run, memory, memory::max_dump(&files.start_args), deadline)?;
+        if let Some((memory, state)) = run.tpm().zip(files.start_args.tpm_state()) {
+            tpm::save(memory, &disk.with_file_name(state))?;
+        }
         fs::hard_link(&files.disposable, disk).map_err(|error| Error::io("make the disk", disk, &error))
     }
 }

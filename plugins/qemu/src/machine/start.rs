@@ -147,7 +147,7 @@ impl Machine {
         let mut policy = tpm::policy(tpm::program()?, self.policy().limits);
         policy.environment.push((RUN_VARIABLE.to_owned(), self.socket.display().to_string()));
         let state = args.tpm_state().map(|path| self.files().folder().join(path));
-        Ok(Some(Tpm { confinement: self.jail.confine(policy)?, state }))
+        Ok(Some(Tpm { confinement: self.jail.confine(policy)?, state, memory: None }))
     }
 
     /// Adds the advice to reload, if the arguments in the file have changed: that may have corrected the

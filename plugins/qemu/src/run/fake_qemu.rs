@@ -52,6 +52,7 @@ impl FakeQemu {
             writes: Vec::new(),
             sockets: Vec::new(),
             cgroup: None,
+            tpm: None,
             cell: super::MachineCell::default(),
             record,
         };

@@ -1,5 +1,6 @@
 //! The parts of a run, and its purpose.
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use machinery::RestoreReadiness;
@@ -20,6 +21,8 @@ pub struct Parts {
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
     pub cgroup: Option<Cgroup>,
+    /// The state of the run's own TPM. An adopted run has none.
+    pub tpm: Option<File>,
     /// The network of an isolated machine.
     pub cell: MachineCell,
     pub record: RecordFile,

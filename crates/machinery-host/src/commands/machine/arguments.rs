@@ -26,6 +26,12 @@ use super::options::{Accel, Create, Platform};
 /// The placeholder for the path of the disk's overlay.
 const DISK: &str = "%DISPOSABLE_DISK_PATH%";
 
+/// The placeholder for the socket of a run's own TPM.
+const TPM_SOCKET: &str = "%TPM_SOCKET_PATH%";
+
+/// The name of the TPM's state in the machine's folder, which a cold boot starts from.
+pub const TPM_STATE: &str = "tpm.state";
+
 /// The interface of a machine with user networking.
 pub const LOOPBACK: &str = "lo";
 
@@ -83,6 +89,11 @@ pub fn arguments(create: &Create, version: &str, mac: &str, accel: Accel) -> Res
         let (code, _) = firmware()?;
         add("-drive", &format!("if=pflash,format=raw,unit=0,readonly=on,file={code}"));
         add("-drive", &format!("if=pflash,format=raw,unit=1,file={FIRMWARE_VARIABLES}"));
+    }
+    if create.tpm {
+        add("-chardev", &format!("socket,id=tpm,path={TPM_SOCKET}"));
+        add("-tpmdev", "emulator,id=tpm0,chardev=tpm");
+        add("-device", "tpm-crb,tpmdev=tpm0");
     }
     args.insert(0, "-nodefaults".to_owned());
     if let Some(file) = &create.args {

@@ -9,7 +9,7 @@ use machinery::config::find_interface;
 use machinery::{Error, Result};
 use machinery_images::MAGIC;
 
-use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
+use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, TPM_STATE, accel, arguments, files, random_mac};
 use super::base::identify;
 use super::context::{Context, KVM};
 use super::dependents::lock_base;
@@ -45,7 +45,7 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
     let interface = interface(create, dsn.as_deref(), isolation.is_some())?;
     let base = base_disk(&create.disk)?;
     let _base = lock_base(context.cwd, &base)?;
-    let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES])?;
+    let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES, TPM_STATE])?;
     let folder = folder_of(context, create.folder.as_deref(), &create.name)?;
     let mut unfinished = Unfinished::begin(context.cwd, &create.name, &folder)?;
     let made = (|| {
@@ -106,6 +106,7 @@ fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result
         memory_snapshot: MEMORY.to_owned(),
         tags: create.tags.clone(),
         start_args: Vec::new(),
+        tpm_state: create.tpm.then(|| TPM_STATE.to_owned()),
         base: Some(base.to_owned()),
         guest_ip: None,
         base_files: identify(base)?,

@@ -51,6 +51,9 @@ pub struct Description {
     pub memory_snapshot: String,
     pub tags: Vec<String>,
     pub start_args: Vec<String>,
+    /// The state of the TPM for a cold boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_state: Option<String>,
     /// The disk from which the machine was made. A machine of an archive has none: its disk is whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,

@@ -49,6 +49,9 @@ pub struct Create {
     /// Boot by UEFI (OVMF) instead of BIOS
     #[arg(long)]
     pub uefi: bool,
+    /// Give the guest a TPM 2.0 (swtpm), which Windows 11 needs besides --uefi
+    #[arg(long)]
+    pub tpm: bool,
     /// Leave out the sound card of a Windows guest
     #[arg(long)]
     pub no_sound: bool,
@@ -140,9 +143,9 @@ impl Create {
             }
             None => {}
         }
-        if is_kvm && self.uefi {
+        if is_kvm && (self.uefi || self.tpm) {
             return Err(Error::unsupported(
-                "a domain with UEFI, of which most versions of libvirt take no internal snapshot",
+                "a domain with UEFI or a TPM, of which most versions of libvirt take no internal snapshot",
             )
             .advice(
                 "Leave out --machinery kvm. Or define the domain yourself, and add it with `import libvirt`",

@@ -17,6 +17,7 @@ fn description() -> Vec<u8> {
         memory_snapshot: text(MEMORY),
         tags: Vec::new(),
         start_args: vec![text("-m")],
+        tpm_state: None,
         guest_ip: None,
         base: None,
         base_files: Vec::new(),
