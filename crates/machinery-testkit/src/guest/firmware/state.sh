@@ -1,9 +1,8 @@
 #!/bin/sh
-# /cgi-bin/firmware?WORD: writes the word to a variable of the firmware, extends a register of the TPM, and defines an
+# /cgi-bin/firmware?WORD: writes the word to a new variable of the firmware, extends a register of the TPM, and defines an
 # index in its permanent memory, with the length of the word as its number. Without a word, it only reads them. The code
 # of the last definition stays in /tmp.
 variables=/sys/firmware/efi/efivars
-variable=$variables/MachineryTest-5f0d3a52-6c1f-4a0e-9d2e-6d61636e7279
 [ -e "$variables/PK-8be4df61-93ca-11d2-aa0d-00e098032b8c" ] || mount -t efivarfs none "$variables" 2> /dev/null
 
 # Sends a command to the TPM, and shows the code of its answer.
@@ -16,8 +15,7 @@ tpm() {
 
 session='\x00\x00\x00\x09\x40\x00\x00\x09\x00\x00\x00\x00\x00'
 if [ -n "$QUERY_STRING" ]; then
-    [ -e "$variable" ] && chattr -i "$variable"
-    printf '\x07\x00\x00\x00%s' "$QUERY_STRING" > "$variable"
+    printf '\x07\x00\x00\x00%s' "$QUERY_STRING" > "$variables/Machinery$QUERY_STRING-5f0d3a52-6c1f-4a0e-9d2e-6d61636e7279"
     # TPM2_PCR_Extend of the register 16, SHA-256.
     digest='\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b\x0b'
     extended=$(tpm "\x80\x02\x00\x00\x00\x41\x00\x00\x01\x82\x00\x00\x00\x10$session\x00\x00\x00\x01\x00\x0b$digest$digest")
@@ -30,8 +28,8 @@ fi
 read_public() {
     tpm "\x80\x01\x00\x00\x00\x0e\x00\x00\x01\x69\x01\x50\x00\x0$1"
 }
-value=$(dd if="$variable" bs=1 skip=4 2> /dev/null)
+values=$(cat "$variables"/Machinery* | tr -cd a-z)
 register=$(cat /sys/class/tpm/tpm0/pcr-sha256/16)
 printf 'Content-Type: application/json\r\n\r\n'
-printf '{"variable": "%s", "register": "%s", "extended": "%s", "defined": "%s", "of_snapshot": "%s", "of_run": "%s"}\n' \
-    "$value" "$register" "$extended" "$(cat /tmp/defined)" "$(read_public 8)" "$(read_public 3)"
+printf '{"variables": "%s", "register": "%s", "extended": "%s", "defined": "%s", "of_snapshot": "%s", "of_run": "%s"}\n' \
+    "$values" "$register" "$extended" "$(cat /tmp/defined)" "$(read_public 8)" "$(read_public 3)"
