@@ -34,8 +34,11 @@ fn lab() -> (Lab, GuestProbe) {
     let files = firmware::boot_files().unwrap().map(|path| path.display().to_string());
     let args = lab.cwd().root().join("m.args");
     let append = "console=ttyS0 quiet panic=-1";
-    fs::write(&args, format!("-serial file:serial.log\n-kernel vmlinuz\n-initrd initramfs\n-append {append}\n"))
-        .unwrap();
+    fs::write(
+        &args,
+        format!("-serial file:serial.log\n-kernel vmlinuz\n-initrd initramfs\n-append {append}\n"),
+    )
+    .unwrap();
     let (seed, args) = (lab.folder("seed"), args.display().to_string());
     let (ip, disk) = (seed.ip.clone(), seed.disk.display().to_string());
     let words = ["machine", "create", "m", "--user", "--accel", "tcg", "--cpus", "1", "--ram", "256M"];

@@ -24,6 +24,7 @@
 //! | `orphans` | the runs of machines that are not configured any more |
 //! | `run` | one run, from its process to its end |
 //! | `launch`, `console`, `passed` | a process whose monitor is connected; its output; what it inherits |
+//! | `tpm` | the TPM of a run |
 //! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
 //! | `resources` | the resources that only one QEMU at a time can use |
 //! | `machineinfo`, `images`, `options` | the arguments, the files that they open, an option's value |

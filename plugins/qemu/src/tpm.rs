@@ -82,7 +82,8 @@ pub fn check(args: &[String]) -> Result<(), (String, String)> {
     if places == 0 || places == 1 && socket(args).is_some() {
         return Ok(());
     }
-    let advice = format!("Write -chardev socket,id=tpm,path={PLACEHOLDER} once, and name it in -tpmdev emulator");
+    let advice =
+        format!("Write -chardev socket,id=tpm,path={PLACEHOLDER} once, and name it in -tpmdev emulator");
     Err((format!("start_args has {PLACEHOLDER} at another place than the socket of one TPM"), advice))
 }
 
@@ -152,7 +153,8 @@ pub fn command(
 /// The state cannot be read, or the file cannot be written.
 pub fn save(memory: &File, path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::io("write the state of the TPM to", path, &error);
-    let mut content = vec![0; usize::try_from(memory.metadata().map_err(failed)?.len().min(MAX_STATE)).unwrap_or(0)];
+    let mut content =
+        vec![0; usize::try_from(memory.metadata().map_err(failed)?.len().min(MAX_STATE)).unwrap_or(0)];
     memory.read_exact_at(&mut content, 0).map_err(failed)?;
     files::replace(path, &content)
 }

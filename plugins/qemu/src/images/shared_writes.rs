@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::node::UNREADABLE;
 use crate::options::Options;
+use crate::tpm;
 
 /// A place that a run writes to and where the next run finds the changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +32,10 @@ pub fn shared_writes_of(name: &str, value: &str) -> Option<String> {
             let is_clean = options.is_on("readonly") || options.get("fsdriver") == Some("synth");
             (!is_clean).then(|| "shares a folder of this computer for writing".to_owned())
         }
-        "tpmdev" => Some("keeps the TPM's state outside of the run".to_owned()),
+        "tpmdev" => Some(format!(
+            "keeps the TPM's state outside of the run; a run's own TPM has path={}",
+            tpm::PLACEHOLDER
+        )),
         "netdev" | "nic" | "net" if options("type").has("smb") => {
             Some("shares a folder of this computer for writing (smb)".to_owned())
         }
