@@ -94,6 +94,7 @@ fn variables_and_tpm_are_those_of_the_snapshot_in_each_run() {
     let (lab, probe) = lab();
     restores_the_snapshots_state(&lab, &probe);
     boots_with_the_snapshots_tpm_which_ends_with_its_qemu(&lab, &probe);
+    moves_with_its_variables_and_tpm(&lab, &probe);
     lab.assert_clean();
 }
 
@@ -144,5 +145,20 @@ fn boots_with_the_snapshots_tpm_which_ends_with_its_qemu(lab: &Lab, probe: &Gues
     kill_process(qemu, Signal::KILL).unwrap();
     wait_until("the TPM outlives its QEMU", || tpms(lab).is_empty());
     let (mut host, _) = lab.serve().unwrap();
+    assert!(host.terminate().unwrap().success());
+}
+
+fn moves_with_its_variables_and_tpm(lab: &Lab, probe: &GuestProbe) {
+    let file = lab.cwd().root().join("m.machine").display().to_string();
+    for words in [
+        &["machine", "export", "m", &file][..],
+        &["machine", "remove", "m", "-y"],
+        &["machine", "import", &file],
+    ] {
+        let ran = lab.run(words).unwrap();
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+    }
+    let (mut host, mut client) = lab.serve().unwrap();
+    run(&mut client, lab, probe);
     assert!(host.terminate().unwrap().success());
 }

@@ -22,7 +22,7 @@ use std::process::Command;
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
-use machinery_backend::files;
+use machinery_backend::Output;
 use machinery_backend::jail::{Confinement, Limits, Policy};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::Value;
@@ -147,7 +147,8 @@ pub fn command(
     Ok(Some((command, qemu.into())))
 }
 
-/// Writes the state of a run's TPM to that file, in place of an older one. The guest is paused.
+/// Writes the state of a run's TPM to that file, in place of an older one. It has the TPM's keys, so only the host's user
+/// can read it. The guest is paused.
 ///
 /// # Errors
 /// The state cannot be read, or the file cannot be written.
@@ -156,7 +157,10 @@ pub fn save(memory: &File, path: &Path) -> Result<()> {
     let mut content =
         vec![0; usize::try_from(memory.metadata().map_err(failed)?.len().min(MAX_STATE)).unwrap_or(0)];
     memory.read_exact_at(&mut content, 0).map_err(failed)?;
-    files::replace(path, &content)
+    let output = Output::at(path)?;
+    let mut file = output.file();
+    file.write_all(&content).and_then(|()| file.sync_all()).map_err(failed)?;
+    output.finish()
 }
 
 /// Creates the file in memory with the TPM's state: a copy of that file, or empty for a new TPM.

@@ -383,6 +383,22 @@ mod tests {
     }
 
     #[test]
+    fn helper_has_the_console_of_its_process_and_is_reaped_with_it() {
+        let [process, helper] = ["true", "echo helper $$ >&2"].map(|script| {
+            let mut command = machinery::command(Path::new("/bin/sh"));
+            command.arg("-c").arg(format!("{script}; exec sleep 600 > /dev/null"));
+            command
+        });
+        let process = Process::start_with_helper(process, Some(helper), "m", |_| LineKind::Other).unwrap();
+        let deadline = Deadline::after(Duration::from_secs(60));
+        let line = process.handle().wait_for_line("helper", deadline).unwrap();
+        let number = Pid::from_raw(line.split_whitespace().last().unwrap().parse().unwrap()).unwrap();
+        assert_eq!(rustix::process::getpgid(Some(number)).ok(), process.pid());
+        process.end(Duration::ZERO);
+        assert!(!Path::new(&format!("/proc/{}", number.as_raw_nonzero())).exists());
+    }
+
+    #[test]
     fn helper_is_killed_when_it_does_not_end() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("helper");
