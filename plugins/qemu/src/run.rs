@@ -320,11 +320,6 @@ impl Run {
         &self.qmp
     }
 
-    /// Returns the state of the run's own TPM.
-    pub fn tpm(&self) -> Option<&File> {
-        self.tpm.as_ref()
-    }
-
     pub fn version(&self) -> Version {
         self.version
     }
