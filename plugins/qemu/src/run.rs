@@ -31,7 +31,6 @@ pub mod record;
 mod resume;
 pub mod start_error;
 
-use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,7 +83,7 @@ pub struct Run {
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
     /// The state of the run's own TPM.
-    tpm: Option<File>,
+    pub tpm: Option<std::fs::File>,
     record: RecordFile,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,

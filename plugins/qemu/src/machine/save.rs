@@ -57,7 +57,7 @@ impl Machine {
         expect_one_disk(&files.start_args)?;
         self.shared.space.check(memory.parent().unwrap_or(memory))?;
         save_memory(run, memory, memory::max_dump(&files.start_args), deadline)?;
-        if let Some((memory, state)) = run.tpm().zip(files.start_args.tpm_state()) {
+        if let Some((memory, state)) = run.tpm.as_ref().zip(files.start_args.tpm_state()) {
             tpm::save(memory, &disk.with_file_name(state))?;
         }
         fs::hard_link(&files.disposable, disk).map_err(|error| Error::io("make the disk", disk, &error))

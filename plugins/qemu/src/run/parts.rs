@@ -7,7 +7,6 @@ use machinery::RestoreReadiness;
 use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
-use super::Run;
 use super::cell::MachineCell;
 use super::record::RecordFile;
 use crate::version::Version;
@@ -27,13 +26,6 @@ pub struct Parts {
     /// The network of an isolated machine.
     pub cell: MachineCell,
     pub record: RecordFile,
-}
-
-impl Run {
-    /// Returns the state of the run's own TPM.
-    pub fn tpm(&self) -> Option<&File> {
-        self.tpm.as_ref()
-    }
 }
 
 /// The purpose of a run.
