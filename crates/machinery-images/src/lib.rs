@@ -8,6 +8,7 @@
 //! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
 //! | `changes` | [`has_unsaved_changes`]: detects content of a qcow2 image that none of its snapshots has |
+//! | `memory` | [`SnapshotMemory`]: the memory in an internal snapshot of a qcow2 image |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
 //! | `trusted` | [`TrustedChain`]: the same, and refuses an image that leaves what its guest may read |
 //! | `format` | [`probe_format`]: the format of an image, by its first bytes |
@@ -16,6 +17,7 @@ mod chain;
 mod changes;
 mod file_id;
 mod format;
+mod memory;
 mod qcow2;
 mod trusted;
 
@@ -23,5 +25,6 @@ pub use chain::Chain;
 pub use changes::has_unsaved_changes;
 pub use file_id::FileId;
 pub use format::probe_format;
+pub use memory::SnapshotMemory;
 pub use qcow2::{Backing, Header, MAGIC, Snapshot};
 pub use trusted::{ChainRules, TrustedChain};
