@@ -38,6 +38,22 @@ pub fn has_unsaved_changes(path: &Path) -> Result<Option<bool>> {
     differs.map(Some).map_err(|error| Error::io("read the tables of the image", path, &error))
 }
 
+/// Reports whether the qcow2 image at `path` holds the content of this snapshot, and nothing else.
+///
+/// No program may write to the image during the call.
+///
+/// # Errors
+/// As [`has_unsaved_changes`].
+pub fn is_at_snapshot(path: &Path, snapshot: &str) -> Result<bool> {
+    let Some(header) = Header::read(path)? else { return Ok(false) };
+    let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
+    let tables = Tables { reader: Reader(&file), disk_size: header.size };
+    let wanted = header.snapshots.iter().position(|one| one.name == snapshot);
+    let found = tables.snapshots_with_same_content();
+    let found = found.map_err(|error| Error::io("read the tables of the image", path, &error))?;
+    Ok(wanted.is_some_and(|wanted| found.iter().any(|same| *same as usize == wanted)))
+}
+
 /// The first-level tables of an open image.
 struct Tables<'a> {
     reader: Reader<'a>,
@@ -46,20 +62,28 @@ struct Tables<'a> {
 
 impl Tables<'_> {
     fn differ_from_all_snapshots(&self) -> io::Result<bool> {
-        let entries = self.entries()?;
-        let active = self.table(self.reader.u64(40)?, self.reader.u32(36)?, entries)?;
-        if active.iter().all(|entry| *entry == 0) {
-            return Ok(false);
-        }
+        let active = self.active()?;
+        Ok(active.iter().any(|entry| *entry != 0) && self.snapshots_with_same_content()?.is_empty())
+    }
+
+    /// Returns the active table.
+    fn active(&self) -> io::Result<Vec<u64>> {
+        self.table(self.reader.u64(40)?, self.reader.u32(36)?, self.entries()?)
+    }
+
+    /// Returns the indices of the snapshots whose tables equal the active one.
+    fn snapshots_with_same_content(&self) -> io::Result<Vec<u32>> {
+        let (active, entries) = (self.active()?, self.entries()?);
+        let mut same = Vec::new();
         let mut at = self.reader.u64(64)?;
-        for _ in 0..self.reader.u32(60)? {
+        for index in 0..self.reader.u32(60)? {
             let (table, length) = self.snapshot(at, entries)?;
             if table.is_some_and(|table| table == active) {
-                return Ok(false);
+                same.push(index);
             }
             at = at.checked_add(length).ok_or_else(|| io::Error::other("its snapshot table has no end"))?;
         }
-        Ok(true)
+        Ok(same)
     }
 
     /// Returns the number of first-level entries of the disk; the entries after them hold a snapshot's
@@ -152,6 +176,8 @@ mod tests {
             write(folder.path(), "64k");
             qemu_img(folder.path(), "snapshot -c a-later-one i");
             assert!(!has_changes(&path), "{options}");
+            let is_at = |snapshot| is_at_snapshot(&path, snapshot).unwrap();
+            assert!(is_at("a-later-one") && !is_at("clean") && !is_at("none"), "{options}");
             qemu_img(folder.path(), "snapshot -d a-later-one i");
             assert!(has_changes(&path), "{options}");
         }

@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
-//! | `changes` | [`has_unsaved_changes`]: detects content of a qcow2 image that none of its snapshots has |
+//! | `changes` | [`has_unsaved_changes`], [`is_at_snapshot`]: compare the content of a qcow2 image with its snapshots |
 //! | `memory` | [`SnapshotMemory`]: the memory in an internal snapshot of a qcow2 image |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
 //! | `trusted` | [`TrustedChain`]: the same, and refuses an image that leaves what its guest may read |
@@ -22,7 +22,7 @@ mod qcow2;
 mod trusted;
 
 pub use chain::Chain;
-pub use changes::has_unsaved_changes;
+pub use changes::{has_unsaved_changes, is_at_snapshot};
 pub use file_id::FileId;
 pub use format::probe_format;
 pub use memory::SnapshotMemory;

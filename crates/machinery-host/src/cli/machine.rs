@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::args::Global;
 use super::configured::unlisted;
-use super::output::plain_lines;
+use super::output::{self, plain_lines};
 use super::progress::Spinner;
+use crate::commands::import::Import;
 use crate::commands::machine::{self, Context, Exported, Machine, Made, Outcome, Removed};
 use crate::config::Config;
 use crate::cwd::Cwd;
@@ -21,8 +22,44 @@ use crate::exit::ExitCode;
 /// The command's.
 pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
     command.confirm(cwd)?;
-    let (config, search) = (Config::read(cwd)?, global.search(cwd));
     let machinery = command.machinery(cwd)?;
+    let outcome = with_context(cwd, machinery, global, |context| machine::run(context, command));
+    match outcome? {
+        Outcome::Made(done, mut made) => {
+            made.notes.extend(unlisted(cwd, machinery));
+            print_made(done, &made, global.json);
+        }
+        Outcome::Removed(removed) => print_removed(&removed, global.json),
+        Outcome::Exported(exported) => print_exported(&exported, global.json),
+        Outcome::Cleared(names) if global.json => {
+            println!("{}", json!({"success": true, "cleared": names}));
+        }
+        Outcome::Cleared(names) => names.iter().for_each(|name| println!("{name}: cleared")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes machines of `qemu` of domains, and prints their names.
+///
+/// # Errors
+/// The command's.
+pub fn copy_domains(cwd: &Cwd, import: &Import, global: &Global) -> Result<ExitCode> {
+    let machinery = import.machinery();
+    let copied = with_context(cwd, machinery, global, |context| machine::copy_domains(context, import));
+    let mut copied = copied.map_err(|error| error.action("import"))?;
+    copied.notes.extend(unlisted(cwd, machinery));
+    output::imported(&copied, global.json);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Calls a command with everything that it needs, and shows its steps.
+fn with_context<T>(
+    cwd: &Cwd,
+    machinery: &'static str,
+    global: &Global,
+    command: impl FnOnce(&Context<'_>) -> Result<T>,
+) -> Result<T> {
+    let (config, search) = (Config::read(cwd)?, global.search(cwd));
     let (spinner, shown) = (Spinner::start("machine", global.json), Mutex::new(String::new()));
     let step = |step: &str| {
         spinner.step(step);
@@ -42,21 +79,9 @@ pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
         step: &step,
         globals: global.arguments(cwd),
     };
-    let outcome = machine::run(&context, command);
+    let outcome = command(&context);
     drop(spinner);
-    match outcome? {
-        Outcome::Made(done, mut made) => {
-            made.notes.extend(unlisted(cwd, machinery));
-            print_made(done, &made, global.json);
-        }
-        Outcome::Removed(removed) => print_removed(&removed, global.json),
-        Outcome::Exported(exported) => print_exported(&exported, global.json),
-        Outcome::Cleared(names) if global.json => {
-            println!("{}", json!({"success": true, "cleared": names}));
-        }
-        Outcome::Cleared(names) => names.iter().for_each(|name| println!("{name}: cleared")),
-    }
-    Ok(ExitCode::SUCCESS)
+    outcome
 }
 
 /// Prints a machine that was made.

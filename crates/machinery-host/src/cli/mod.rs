@@ -134,6 +134,9 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }),
         Command::Check => Ok(run_check(cwd, global)),
         Command::Plugins => plugins(cwd, global),
+        Command::Import(arguments) if arguments.makes_machines() => {
+            machine::copy_domains(cwd, arguments, global)
+        }
         Command::Import(arguments) => run_import(cwd, arguments, global),
         Command::Machine(command) => machine::run(cwd, command, global),
         Command::Export(Export::Cape) => export_cape(cwd, global.json),

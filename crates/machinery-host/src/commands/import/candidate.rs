@@ -38,6 +38,13 @@ pub struct OwnKeys {
     machineinfo_path: Option<String>,
 }
 
+impl OwnKeys {
+    /// Returns the domain of a machine of `kvm`.
+    pub fn label(&self) -> Option<&str> {
+        self.label.as_deref()
+    }
+}
+
 /// A machine to import, and its entry as the machinery will read it.
 #[derive(Debug)]
 pub struct Candidate {
@@ -113,7 +120,7 @@ pub fn entry_of<'a>(
 
 /// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak
 /// writes them in random order.
-fn values(machine: &Configured<OwnKeys>) -> [(&'static str, String); 13] {
+pub fn values(machine: &Configured<OwnKeys>) -> [(&'static str, String); 13] {
     let Configured { name: _, shared, own } = machine;
     let mut tags = shared.tags.clone();
     tags.sort();

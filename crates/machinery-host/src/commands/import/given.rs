@@ -37,9 +37,9 @@ pub struct Given {
 
 /// A value for a machine, or for all.
 #[derive(Debug, Clone)]
-struct Assignment {
-    machine: Option<String>,
-    value: String,
+pub struct Assignment {
+    pub machine: Option<String>,
+    pub value: String,
 }
 
 impl FromStr for Assignment {
@@ -60,21 +60,9 @@ impl FromStr for Assignment {
 impl Given {
     /// Returns these values of one machine.
     pub fn of(machine: &str, values: &[(&str, String)]) -> Given {
-        let of = |wanted: &str| {
-            let values = values.iter().filter(|(key, value)| *key == wanted && !value.is_empty());
-            values
-                .map(|(_, value)| Assignment { machine: Some(machine.to_owned()), value: value.clone() })
-                .collect()
-        };
-        Given {
-            ip: of("ip"),
-            platform: of("platform"),
-            os_version: of("os_version"),
-            snapshot: of("snapshot"),
-            interface: of("interface"),
-            agent_port: of("agent_port"),
-            tags: of("tags"),
-        }
+        let mut given = Given::default();
+        values.iter().for_each(|(key, value)| given.complete(machine, key, value));
+        given
     }
 
     fn all(&self) -> [(&'static str, &[Assignment]); 7] {
@@ -95,6 +83,24 @@ impl Given {
         let (_, given) = all.iter().find(|(own, _)| *own == key)?;
         let last = |wanted: Option<&str>| given.iter().rfind(|one| one.machine.as_deref() == wanted);
         last(Some(machine)).or_else(|| last(None)).map(|given| given.value.as_str())
+    }
+
+    /// Adds a value of a machine, unless the operator has given one.
+    pub fn complete(&mut self, machine: &str, key: &str, value: &str) {
+        if value.is_empty() || self.value(key, machine).is_some() {
+            return;
+        }
+        let list = match key {
+            "snapshot" => &mut self.snapshot,
+            "ip" => &mut self.ip,
+            "platform" => &mut self.platform,
+            "os_version" => &mut self.os_version,
+            "interface" => &mut self.interface,
+            "agent_port" => &mut self.agent_port,
+            "tags" => &mut self.tags,
+            _ => return,
+        };
+        list.push(Assignment { machine: Some(machine.to_owned()), value: value.to_owned() });
     }
 
     /// Sets the machine's keys to the given values, which replace those of the source.

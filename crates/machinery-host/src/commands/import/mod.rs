@@ -34,10 +34,13 @@ use serde_yaml::{Mapping, Value};
 
 pub use accept::{Check, without_lines};
 use accept::{expect_accepted, problems_of};
-use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
+use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of, values};
 use edit::expect_content;
 pub use edit::{remove, restore, set};
 use entry::{Found, Machine};
+use libvirt::Libvirt;
+pub use libvirt::qemu::{Disks, Domain as DomainForQemu, Options as OptionsForQemu};
+use libvirt::qemu::{Options, Target};
 pub use libvirt::virsh::Virsh;
 pub use libvirt::xml::{Domain, Network};
 pub use outcome::{Imported, Skipped};
@@ -69,7 +72,7 @@ enum Source {
     /// Import machines that VMCloak made into conf/machineries/qemu.yaml
     Vmcloak(vmcloak::Vmcloak),
     /// Import domains of libvirt into conf/machineries/kvm.yaml
-    Libvirt(libvirt::Libvirt),
+    Libvirt(Box<Libvirt>),
     /// Import the machines of CAPE's kvm.conf into conf/machineries/kvm.yaml
     Cape(cape::Cape),
 }
@@ -85,8 +88,43 @@ impl Import {
     /// Returns the import of this domain, whose machine has its name and these values. The plugin has to accept the machine.
     pub fn of_domain(dsn: &str, label: &str, values: &[(&str, String)]) -> Import {
         let (domains, given) = (vec![label.to_owned()], given::Given::of(label, values));
-        let source = Source::Libvirt(libvirt::Libvirt { domains, dsn: Some(dsn.to_owned()), given });
+        let (dsn, options) = (Some(dsn.to_owned()), Options::default());
+        let source = Source::Libvirt(Box::new(Libvirt { domains, dsn, target: None, options, given }));
         Import { source, dry_run: false, is_strict: true }
+    }
+
+    /// Reports whether the import makes machines of `qemu` of domains.
+    pub fn makes_machines(&self) -> bool {
+        matches!(&self.source, Source::Libvirt(libvirt) if libvirt.target == Some(Target::Qemu))
+    }
+
+    /// Returns the domains that become machines of `qemu`. `kvm_yaml` has values that the operator has not given.
+    ///
+    /// # Errors
+    /// The file or libvirt cannot be read. A domain lacks a value, is on, or has a part that cannot come over.
+    pub fn domains_for_qemu(&self, kvm_yaml: &Path) -> Result<Vec<DomainForQemu>> {
+        let Source::Libvirt(libvirt) = &self.source else { return Ok(Vec::new()) };
+        let mut given = libvirt.given.clone();
+        let known = read_existing(kvm_yaml)?.map(|file| file.parse::<ExistingMachines>()).transpose()?;
+        for entry in known.iter().flat_map(|known| known.machines.iter()) {
+            let Some(label) = entry.own.label() else { continue };
+            values(entry).iter().for_each(|(key, value)| given.complete(label, key, value));
+        }
+        let dsn = known.as_ref().and_then(|known| known.dsn.as_deref()).unwrap_or(DEFAULT_DSN);
+        libvirt::find_for_qemu(libvirt, dsn, &given)
+    }
+
+    /// Returns the options of machines of `qemu`.
+    pub fn options(&self) -> Options {
+        match &self.source {
+            Source::Libvirt(libvirt) => libvirt.options.clone(),
+            _ => Options::default(),
+        }
+    }
+
+    /// Reports whether nothing is to be written.
+    pub fn is_dry(&self) -> bool {
+        self.dry_run
     }
 
     /// Returns the same import, which writes nothing.
@@ -96,8 +134,9 @@ impl Import {
 
     /// Returns the machinery that gets the machines.
     pub fn machinery(&self) -> &'static str {
-        match self.source {
+        match &self.source {
             Source::Vmcloak(_) => "qemu",
+            Source::Libvirt(libvirt) if libvirt.target == Some(Target::Qemu) => "qemu",
             Source::Libvirt(_) | Source::Cape(_) => "kvm",
         }
     }

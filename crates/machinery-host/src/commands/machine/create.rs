@@ -40,7 +40,7 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
         }
     };
     let addresses = isolation.as_ref().map_or_else(|| vec![ip.to_string()], Isolation::addresses);
-    expect_free(context, &create.name, &addresses, None, section.as_ref())?;
+    expect_free(context, &create.name, &addresses, None, section.as_ref(), None)?;
     let dsn = (context.machinery == KVM).then(|| kvm::dsn(context.cwd, create)).transpose()?;
     let interface = interface(create, dsn.as_deref(), isolation.is_some())?;
     let base = base_disk(&create.disk)?;
@@ -111,6 +111,7 @@ fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result
         guest_ip: None,
         base_files: identify(base)?,
         domain: None,
+        copied_from: None,
     }))
 }
 

@@ -88,7 +88,7 @@ fn write(
     let failed = |error: io::Error| Error::io("write", target, &error);
     (context.step)("flattening the disk");
     let disk = scratch.join(DISK);
-    flatten(context, files_of_disk, &disk)?;
+    flatten(context, files_of_disk, None, &disk)?;
     let whole = Info { machine: Description { base: None, base_files: Vec::new(), ..info.machine }, ..info };
     whole.write(scratch)?;
     let own = [(scratch.join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];

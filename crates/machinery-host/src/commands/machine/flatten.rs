@@ -3,6 +3,7 @@
 //! The guest has written to the disk, so it may attack the program that reads it. The program is in the
 //! [jail](crate::jail): it may read the files of the disk, as far as the plugin accepts them, and write the new one.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
@@ -39,14 +40,14 @@ pub fn used<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> u64 {
     files.into_iter().map(|file| file.metadata().map_or(0, |found| found.blocks() * 512)).sum()
 }
 
-/// Writes the content of the disk, which is in these files, into a new disk.
+/// Writes the content of the disk, which is in these files, into a new disk: the present one, or that of a snapshot.
 ///
 /// # Errors
 /// `qemu-img` cannot be run or confined, or fails.
-pub fn flatten(context: &Context<'_>, files: Vec<PathBuf>, to: &Path) -> Result<()> {
+pub fn flatten(context: &Context<'_>, files: Vec<PathBuf>, snapshot: Option<&str>, to: &Path) -> Result<()> {
     let program = binaries(context)?.qemu_img;
     let space = free_space(context.config, to.parent().unwrap_or(to))?;
-    convert(&program, is_confined(context.config)?, files, to, space)
+    convert(&program, is_confined(context.config)?, files, snapshot, to, space)
 }
 
 /// Reports whether the jail of the machinery is on. Strict is about machines.
@@ -55,10 +56,51 @@ fn is_confined(config: &Config) -> Result<bool> {
     Ok(file.parse::<Value>()?["machineries"][MACHINERY]["jail"] != "off")
 }
 
+/// Makes an overlay on a disk with these files, of this size.
+///
+/// # Errors
+/// As [`flatten`].
+pub fn overlay(context: &Context<'_>, files: Vec<PathBuf>, size: u64, to: &Path) -> Result<()> {
+    let program = binaries(context)?.qemu_img;
+    let space = free_space(context.config, to.parent().unwrap_or(to))?;
+    let base = files.first().cloned().unwrap_or_default();
+    let size = size.to_string();
+    // The program does not open the disk.
+    let args = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"].map(OsStr::new);
+    let args = args.into_iter().chain([base.as_os_str(), to.as_os_str(), OsStr::new(&size)]);
+    let made = write(&program, is_confined(context.config)?, files.clone(), to, space, args);
+    made.map_err(|error| error.action(format!("making an overlay on {}", base.display())))
+}
+
 /// Runs `qemu-img`, which may write that many bytes.
-fn convert(program: &Path, is_confined: bool, files: Vec<PathBuf>, to: &Path, space: u64) -> Result<()> {
-    let program = expect_trusted(program)?;
+fn convert(
+    program: &Path,
+    is_confined: bool,
+    files: Vec<PathBuf>,
+    snapshot: Option<&str>,
+    to: &Path,
+    space: u64,
+) -> Result<()> {
     let from = files.first().cloned().unwrap_or_default();
+    // A comma in a value is written twice.
+    let named = snapshot.map(|name| format!("snapshot.name={}", name.replace(',', ",,")));
+    let args = ["convert", "-q", "-f", "qcow2", "-O", "qcow2"].map(OsStr::new).into_iter();
+    let args = args.chain(named.iter().flat_map(|name| [OsStr::new("-l"), OsStr::new(name)]));
+    let args = args.chain([from.as_os_str(), to.as_os_str()]);
+    let written = write(program, is_confined, files.clone(), to, space, args);
+    written.map_err(|error| error.action(format!("flattening {}", from.display())))
+}
+
+/// Runs `qemu-img` with these arguments, which reads these files, and may write that many bytes into the new disk.
+fn write<'a>(
+    program: &Path,
+    is_confined: bool,
+    files: Vec<PathBuf>,
+    to: &Path,
+    space: u64,
+    args: impl Iterator<Item = &'a OsStr>,
+) -> Result<()> {
+    let program = expect_trusted(program)?;
     let new = File::options().write(true).create_new(true).mode(MODE).open(to);
     new.map_err(|error| Error::io("write", to, &error))?;
     let mut command = if is_confined {
@@ -68,7 +110,7 @@ fn convert(program: &Path, is_confined: bool, files: Vec<PathBuf>, to: &Path, sp
     } else {
         Command::new(&program)
     };
-    command.args(["convert", "-q", "-f", "qcow2", "-O", "qcow2"]).args([&from, to]).stdin(Stdio::null());
+    command.args(args).stdin(Stdio::null());
     // SAFETY: the closure only makes a system call. An interrupted command executes another program, which ends this one.
     unsafe { command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?)) };
     let ran = command.output().map_err(|error| Error::io("run", &program, &error))?;
@@ -77,7 +119,7 @@ fn convert(program: &Path, is_confined: bool, files: Vec<PathBuf>, to: &Path, sp
     }
     let why = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
     let why = if why.is_empty() { ran.status.to_string() } else { why };
-    Err(Error::failed(format!("{} cannot flatten {}: {why}", program.display(), from.display())))
+    Err(Error::failed(format!("{} has failed: {why}", program.display())))
 }
 
 #[cfg(test)]
@@ -101,13 +143,14 @@ mod tests {
         let (program, path) = (program(folder.path()), |name: &str| folder.path().join(name));
         fs::write(path("disk"), "").unwrap();
         for (is_confined, to) in [(true, "confined"), (false, "open")] {
-            convert(&program, is_confined, vec![path("disk")], &path(to), 1 << 20).unwrap();
+            convert(&program, is_confined, vec![path("disk")], None, &path(to), 1 << 20).unwrap();
             assert_eq!(fs::read_to_string(path(to)).unwrap(), "flat\n");
             assert_eq!(path("ran").exists(), !is_confined);
         }
         // A disk that never ends does not fill the file system.
-        let failed = convert(&program, true, vec![path("disk")], &path("large"), 2).unwrap_err().to_string();
-        assert!(failed.contains("cannot flatten"), "{failed}");
+        let failed =
+            convert(&program, true, vec![path("disk")], None, &path("large"), 2).unwrap_err().to_string();
+        assert!(failed.contains("flattening"), "{failed}");
         assert!(fs::metadata(path("large")).unwrap().len() <= 2);
     }
 
@@ -117,7 +160,7 @@ mod tests {
         let program = program(folder.path());
         fs::set_permissions(&program, Permissions::from_mode(0o777)).unwrap();
         let refused =
-            convert(&program, false, vec!["from".into()], &folder.path().join("to"), 9).unwrap_err();
+            convert(&program, false, vec!["from".into()], None, &folder.path().join("to"), 9).unwrap_err();
         assert!(refused.to_string().contains("other users could modify it"), "{refused}");
         assert!(!folder.path().join("ran").exists());
     }

@@ -3,8 +3,8 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result, format_bytes};
@@ -14,6 +14,8 @@ use crate::config::Config;
 
 /// The file in the folder of an unfinished machine.
 pub const MARK: &str = ".unfinished";
+/// The mode of a file in the machine's folder, which the machine's own user reads.
+pub const FILE_MODE: u32 = 0o644;
 
 /// Marks the folder as that of a machine that is to be removed.
 ///
@@ -25,6 +27,21 @@ pub fn set_mark(folder: &Path) -> Result<()> {
     let flags = OFlags::NOFOLLOW.bits() as i32;
     let made = File::options().write(true).create(true).truncate(false).custom_flags(flags).open(&path);
     made.map(drop).map_err(|error| Error::io("write", &path, &error))
+}
+
+/// Copies files into a machine's folder, under these names.
+///
+/// # Errors
+/// A file cannot be read or written.
+pub fn copy_files(files: &[(PathBuf, String)], folder: &Path) -> Result<()> {
+    files.iter().try_for_each(|(file, name)| {
+        let copied = File::open(file).and_then(|mut from| {
+            let mut new = File::create_new(folder.join(name))?;
+            io::copy(&mut from, &mut new)?;
+            new.set_permissions(fs::Permissions::from_mode(FILE_MODE))
+        });
+        copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))
+    })
 }
 
 /// Removes the mark of a machine that is finished.
@@ -136,7 +153,7 @@ pub fn expect_kept(folder: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use std::fs::Permissions;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn folder_is_refused_where_other_users_can_write_and_not_in_a_sticky_one() {

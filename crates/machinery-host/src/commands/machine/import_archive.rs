@@ -55,23 +55,18 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     let info = import.adapted(info)?;
     let machine = &info.machine;
     let name = machine.name.clone();
-    expect_free(context, &name, std::slice::from_ref(&machine.ip), Some(&machine.mac), None)?;
+    expect_free(context, &name, std::slice::from_ref(&machine.ip), Some(&machine.mac), None, None)?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
     expect_space(context.config, folder.parent().unwrap_or(&folder), bytes)
         .map_err(|error| error.machine(&name))?;
-    interrupt::clear_when_interrupted(&name, context.globals.clone())?;
+    interrupt::clear_when_interrupted(Some(&name), context.globals.clone())?;
     let mut unfinished = Unfinished::begin(context.cwd, &name, &folder)?;
     let made = (|| {
         archive::extract(&import.file, &folder, context.step)?;
         expect_whole_disks(&folder)?;
         info.write(&folder)?;
-        let ready = Ready {
-            ready_after: import.no_agent.then_some(0),
-            ready_key: false,
-            timeout: 0,
-            screenshot: None,
-        };
+        let ready = Ready::restored(import.no_agent);
         let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
         publish(context, &info, &folder, readiness, None)
     })();
@@ -93,6 +88,7 @@ impl ImportArchive {
         // The files of the archive that are verified and restored.
         (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
         (machine.base, machine.base_files, machine.domain) = (None, Vec::new(), None);
+        machine.copied_from = None;
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }

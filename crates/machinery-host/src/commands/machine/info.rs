@@ -66,6 +66,17 @@ pub struct Description {
     /// The domain of a machine of the machinery `kvm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<Domain>,
+    /// The domain of libvirt whose snapshot the machine has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied_from: Option<CopiedFrom>,
+}
+
+/// A domain of libvirt that has become a machine of the machinery `qemu`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiedFrom {
+    pub label: String,
+    pub uuid: String,
+    pub snapshot: String,
 }
 
 impl Info {
@@ -107,7 +118,8 @@ impl Info {
                 } else if let Some(before) = arg.strip_suffix(&last) {
                     *arg = format!("{before}={path}");
                 } else {
-                    *arg = arg.replace(&value, &format!("={path},"));
+                    let json = (format!("\"{name}\""), format!("\"{path}\""));
+                    *arg = arg.replace(&value, &format!("={path},")).replace(&json.0, &json.1);
                 }
             }
         }

@@ -8,10 +8,8 @@
 //! For `qemu`, the overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. For
 //! `kvm`, the snapshot is in that disk. The template only proves that restores are instant: a host builds its own.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -24,7 +22,7 @@ use serde_json::{Map, Value, json};
 
 use super::context::{Context, MACHINERY};
 use super::domain::{INSTALLED, reverting};
-use super::folder::sync;
+use super::folder::{copy_files, sync};
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
 use super::ready;
@@ -37,8 +35,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The time in which the agent of a restored guest has to answer.
 const RESTORED_TIMEOUT: u64 = 180;
-/// The mode of a file in the machine's folder, which the machine's own user reads.
-const FILE_MODE: u32 = 0o644;
 
 /// The machine to make.
 pub struct Plan<'a> {
@@ -61,7 +57,7 @@ enum Beginning {
 #[serde(default)]
 pub struct Binaries {
     pub qemu_img: PathBuf,
-    qemu_system_x86_64: PathBuf,
+    pub qemu_system_x86_64: PathBuf,
 }
 
 impl Default for Binaries {
@@ -84,15 +80,7 @@ pub fn make(
     place: &Path,
 ) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
-    for (file, name) in &plan.files {
-        let to = folder.join(name);
-        let copied = File::open(file).and_then(|mut from| {
-            let mut new = File::create_new(&to)?;
-            io::copy(&mut from, &mut new)?;
-            new.set_permissions(fs::Permissions::from_mode(FILE_MODE))
-        });
-        copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
-    }
+    copy_files(&plan.files, &folder)?;
     plan.info.write(&folder)?;
     let setup = setup(context, unfinished, &plan.info, Beginning::Installed)?;
     let scratch = unfinished.scratch().to_owned();

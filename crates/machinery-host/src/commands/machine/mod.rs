@@ -12,6 +12,7 @@
 //! | `isolation` | the addresses of an isolated machine, and its section of `machinery-host.yaml` |
 //! | `kvm`, `domain`, `description` | the same for a machine of `kvm`; its domain, and libvirt's description of it |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
+//! | `copy_domain`, `copied_files` | machines of `qemu` that are copies of domains; their files |
 //! | `export`, `import_archive`, `archive`, `flatten` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
 //! | `session` | the plugin with one machine |
@@ -30,6 +31,8 @@ mod arguments;
 mod base;
 mod changed;
 mod context;
+mod copied_files;
+mod copy_domain;
 mod create;
 mod dependents;
 mod description;
@@ -65,6 +68,7 @@ use crate::cwd::Cwd;
 use crate::plugin::search::PluginSearch;
 pub use changed::check_installed_disks;
 pub use context::{Context, KVM, MACHINERY};
+pub use copy_domain::copy_domains;
 use export::Export;
 pub use export::Exported;
 pub use host::HELD;
@@ -176,19 +180,19 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
     }
     match command {
         Machine::Create(arguments) => {
-            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            interrupt::clear_when_interrupted(Some(&arguments.name), context.globals.clone())?;
             create::create(context, arguments).map(|made| Outcome::Made("created", made))
         }
         Machine::Snapshot(arguments) => {
-            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            interrupt::clear_when_interrupted(Some(&arguments.name), context.globals.clone())?;
             snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
         }
         Machine::Remove(arguments) => {
-            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            interrupt::clear_when_interrupted(Some(&arguments.name), context.globals.clone())?;
             remove::remove(context, arguments).map(Outcome::Removed)
         }
         Machine::Export(arguments) => {
-            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            interrupt::clear_when_interrupted(Some(&arguments.name), context.globals.clone())?;
             export::export(context, arguments).map(Outcome::Exported)
         }
         Machine::Import(arguments) => {

@@ -156,6 +156,12 @@ impl Create {
 }
 
 impl Ready {
+    /// Returns the moment at which the guest of a snapshot that is not taken here is ready: at once, or when its agent
+    /// answers.
+    pub fn restored(no_agent: bool) -> Ready {
+        Ready { ready_after: no_agent.then_some(0), ready_key: false, timeout: 0, screenshot: None }
+    }
+
     /// Expects that the guest can be ready before the command gives up.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use serde_yaml::Mapping;
 
-use super::context::{Context, MACHINERY};
+use super::context::{Context, KVM, MACHINERY};
 use super::domain::INSTALLED;
 use super::host::reload;
 use super::info::Info;
@@ -30,7 +30,8 @@ pub struct Made {
 }
 
 /// Expects that the name is valid, and that no machine has the name, an address or the network card, and that this user
-/// can add an entry. `section` is the machine's section of `machinery-host.yaml` that will be written.
+/// can add an entry. `section` is the machine's section of `machinery-host.yaml` that will be written. The machine of `kvm`
+/// with the name `replaced` may have them, because its entry is removed.
 ///
 /// # Errors
 /// A machine has one of them, the user cannot, or the section cannot be added.
@@ -40,6 +41,7 @@ pub fn expect_free(
     addresses: &[String],
     mac: Option<&str>,
     section: Option<&Mapping>,
+    replaced: Option<&str>,
 ) -> Result<()> {
     let (cwd, config) = (context.cwd, context.config);
     expect_writable(&cwd.machinery_yaml(context.machinery))?;
@@ -53,6 +55,9 @@ pub fn expect_free(
         let Some(machines) = file.parse_at::<Mapping>(&["machines"])? else { continue };
         for (other, keys) in &machines {
             let other = other.as_str().unwrap_or_default();
+            if machinery == KVM && replaced == Some(other) {
+                continue;
+            }
             if other == name {
                 return Err(file
                     .error(&["machines", name], "a machine of this name exists")

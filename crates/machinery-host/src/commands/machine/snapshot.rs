@@ -50,6 +50,13 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
     let mut info = Info::read(&folder).map_err(|error| error.machine(name))?;
+    if info.machine.copied_from.is_some() {
+        return Err(Error::configuration(
+            "the machine is the copy of a domain's snapshot, and has no disk to boot from",
+        )
+        .machine(name)
+        .advice("Take the snapshot of the domain anew, remove the machine, and import the domain again"));
+    }
     let Some(base) = info.machine.base.clone() else {
         return Err(Error::configuration("the machine is from an archive, which has no disk to boot from")
             .machine(name)

@@ -10,6 +10,7 @@
 //! ```
 
 mod os;
+pub mod qemu;
 pub mod virsh;
 pub mod xml;
 
@@ -22,6 +23,7 @@ use super::entry::{Found, Machine, Origin, interface_of};
 use super::given::Given;
 use super::outcome::collect_all;
 use crate::commands::shell_word;
+use qemu::{Options, Target};
 use virsh::Virsh;
 use xml::{Card, Domain, Network, Snapshot, address_in};
 
@@ -33,6 +35,11 @@ pub struct Libvirt {
     /// Address of libvirt [default: dsn in kvm.yaml]
     #[arg(long, value_name = "URI")]
     pub dsn: Option<String>,
+    /// Machinery that gets the machines [default: kvm]
+    #[arg(long = "as", id = "target", value_enum, value_name = "MACHINERY")]
+    pub target: Option<Target>,
+    #[command(flatten)]
+    pub options: Options,
     #[command(flatten)]
     pub given: Given,
 }
@@ -43,12 +50,27 @@ pub struct Libvirt {
 /// `virsh` is missing or libvirt does not answer. There is no domain of a name. The options name another machine.
 pub fn find(libvirt: &Libvirt, configured: &str) -> Result<Found> {
     let dsn = libvirt.dsn.as_deref().unwrap_or(configured);
-    let mut reader = Reader { virsh: Virsh::new(dsn)?, given: &libvirt.given, networks: HashMap::new() };
+    let machines = machines(&mut Reader::new(dsn, &libvirt.given)?, libvirt)?;
+    Ok(Found { interface: interface_of(&machines), machines, dsn: libvirt.dsn.clone(), ..Found::default() })
+}
+
+/// Reads the domains that become machines of `qemu`. `configured` is the libvirt that `kvm.yaml` names, and `given` has the
+/// operator's values and those of its entries.
+///
+/// # Errors
+/// As [`find`]. A domain lacks a value, is on, or has a part that cannot come over.
+pub fn find_for_qemu(libvirt: &Libvirt, configured: &str, given: &Given) -> Result<Vec<qemu::Domain>> {
+    let dsn = libvirt.dsn.as_deref().unwrap_or(configured);
+    let mut reader = Reader::new(dsn, given)?;
+    let machines = machines(&mut reader, libvirt)?;
+    qemu::read(&mut reader, libvirt, machines)
+}
+
+fn machines(reader: &mut Reader<'_>, libvirt: &Libvirt) -> Result<Vec<Machine>> {
     let names = selected(&libvirt.domains, reader.virsh.names(&["list", "--all", "--name"])?)?;
     libvirt.given.expect_names(names.iter().map(String::as_str))?;
     let running = reader.virsh.names(&["list", "--state-running", "--name"])?;
-    let machines = collect_all(names.iter().map(|name| reader.machine(name, running.contains(name))))?;
-    Ok(Found { interface: interface_of(&machines), machines, dsn: libvirt.dsn.clone(), ..Found::default() })
+    collect_all(names.iter().map(|name| reader.machine(name, running.contains(name))))
 }
 
 /// Returns the names of the wanted domains, each once, or else of all.
@@ -79,7 +101,11 @@ struct Reader<'a> {
     networks: HashMap<String, Network>,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(dsn: &'a str, given: &'a Given) -> Result<Self> {
+        Ok(Reader { virsh: Virsh::new(dsn)?, given, networks: HashMap::new() })
+    }
+
     fn machine(&mut self, label: &str, is_running: bool) -> Result<Machine> {
         let domain = Domain::read(&self.virsh.read(&["dumpxml", "--inactive", "--domain", label])?)?;
         if domain.name != label {

@@ -174,13 +174,13 @@ pub fn address_in(table: &str, mac: Option<&str>) -> Option<String> {
     })
 }
 
-fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
+pub fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
     let failed =
         |error| Error::failed(format!("libvirt's description of the {what} cannot be read: {error}"));
     Document::parse(xml).map_err(failed)
 }
 
-fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
+pub fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
     node.children().find(|child| child.has_tag_name(name))
 }
 

@@ -1,0 +1,279 @@
+//! `import libvirt --as qemu`: makes machines of the machinery `qemu` that are copies of domains at their snapshots.
+//!
+//! ```text
+//! all domains: read ─▶ values, parts, files, arguments, space ─▶ every fault is named, and nothing is written
+//! each domain: files ─▶ restored once ─▶ entry in qemu.yaml
+//! ```
+//!
+//! The domain stays as it is: its disks are only read, and libvirt keeps its definition and its snapshots. A machine that
+//! is finished stays also if a later one fails.
+
+use std::fs;
+use std::path::PathBuf;
+
+use machinery::config::{ConfigFile, find_interface};
+use machinery::{Error, Level, Result};
+use serde_json::{Map, Value, json};
+
+use super::context::{Context, KVM, MACHINERY};
+use super::copied_files::Files;
+use super::create::folder_of;
+use super::folder::{expect_kept, expect_space};
+use super::info::{CopiedFrom, DISK, Description, INFO, Info, MEMORY, domain_entries, entries};
+use super::make::{binaries, prove};
+use super::options::Ready;
+use super::publish::{expect_free, publish};
+use super::unfinished::{Unfinished, clear_abandoned};
+use super::{host, interrupt};
+use crate::commands::import::{self, Disks, DomainForQemu, Import, Imported, OptionsForQemu, Skipped};
+use crate::commands::shell_word;
+use crate::plugin::search::is_listed;
+
+/// A machine to make.
+struct Plan {
+    domain: DomainForQemu,
+    info: Info,
+    files: Files,
+    folder: PathBuf,
+    /// The machine of `kvm` whose entry is removed.
+    replaced: Option<String>,
+}
+
+/// Makes the machines.
+///
+/// # Errors
+/// A domain cannot become a machine: nothing is written then. Or a machine cannot be restored: nothing of it and of later
+/// ones remains.
+pub fn copy_domains(context: &Context<'_>, import: &Import) -> Result<Imported> {
+    (context.step)("reading the domains");
+    let options = import.options();
+    let mut imported = Imported::default();
+    let domains = import.domains_for_qemu(&context.cwd.machinery_yaml(KVM))?;
+    let mut plans: Vec<Plan> = Vec::new();
+    let mut problems = Vec::new();
+    for domain in domains {
+        let replaced = entry_of(context, &domain)?;
+        if is_copied(context, &domain)? {
+            let reason = "qemu.yaml has the copy of this snapshot already".to_owned();
+            imported.skipped.push(Skipped { name: domain.name.clone(), reason });
+            if let Some(entry) = replaced.filter(|_| options.replace && !import.is_dry()) {
+                remove_entry(context, &entry)?;
+            }
+            continue;
+        }
+        let name = domain.name.clone();
+        match plan(context, &options, domain, replaced, &plans) {
+            Ok(plan) => plans.push(plan),
+            Err(error) => problems.push(error.machine(name)),
+        }
+    }
+    expect_all_planned(context, &plans, problems)?;
+    if import.is_dry() {
+        imported.dry_run = Some(plans.iter().map(|plan| plan.entry()).collect());
+    } else if !plans.is_empty() {
+        clear_abandoned(context, None)?;
+        interrupt::clear_when_interrupted(None, context.globals.clone())?;
+    }
+    for plan in plans {
+        if !import.is_dry() {
+            let done = &imported.added;
+            let notes = plan.make(context, &options).map_err(|error| match done.is_empty() {
+                true => error,
+                false => error.detail(&format!("the machines {} are finished, and stay", done.join(", "))),
+            })?;
+            imported
+                .notes
+                .extend(notes.into_iter().map(|note| format!("machine '{}': {note}", plan.domain.name)));
+        }
+        imported.added.push(plan.domain.name);
+    }
+    Ok(imported)
+}
+
+/// Returns the machine of `kvm` that is this domain, if a host has both machineries.
+fn entry_of(context: &Context<'_>, domain: &DomainForQemu) -> Result<Option<String>> {
+    if !is_listed(KVM, &context.config.machineries) {
+        return Ok(None);
+    }
+    let found = domain_entries(context.cwd)?.into_iter().find(|entry| entry.label == domain.label);
+    Ok(found.map(|entry| entry.name))
+}
+
+/// Reports whether the configuration has the machine already.
+fn is_copied(context: &Context<'_>, domain: &DomainForQemu) -> Result<bool> {
+    let Some(entry) = entries(context.cwd)?.into_iter().find(|entry| entry.name == domain.name) else {
+        return Ok(false);
+    };
+    let info = entry.paths.last().and_then(|path| Info::read(path.parent()?).ok());
+    Ok(info.is_some_and(|info| info.machine.copied_from == Some(origin(domain))))
+}
+
+fn origin(domain: &DomainForQemu) -> CopiedFrom {
+    CopiedFrom { label: domain.label.clone(), uuid: domain.uuid.clone(), snapshot: domain.snapshot.clone() }
+}
+
+fn plan(
+    context: &Context<'_>,
+    options: &OptionsForQemu,
+    domain: DomainForQemu,
+    replaced: Option<String>,
+    others: &[Plan],
+) -> Result<Plan> {
+    if let Some(entry) = replaced.as_ref().filter(|_| !options.replace) {
+        let reason =
+            format!("kvm.yaml has its domain as the machine '{entry}', and no two machines share an address");
+        let advice =
+            "Add --replace to remove that entry once the new machine is restored, or remove it yourself";
+        return Err(Error::configuration(reason).advice(advice));
+    }
+    let (name, ip, mac) = (&domain.name, domain.text("ip"), domain.text("mac_address"));
+    let mac = Some(mac).filter(|mac| !mac.is_empty());
+    expect_free(context, name, std::slice::from_ref(&ip), mac.as_deref(), None, replaced.as_deref())?;
+    if let Some(twin) = others.iter().find(|other| other.domain.name == *name || other.info.machine.ip == ip)
+    {
+        let reason = format!("the domain '{}' has the same name or address", twin.domain.label);
+        return Err(Error::configuration(reason).advice("Give each its own --name and --ip"));
+    }
+    let parent = options.folder.clone().unwrap_or_else(|| context.cwd.machines());
+    expect_kept(&parent)?;
+    let folder = parent.join(name);
+    if folder.exists() {
+        return Err(Error::configuration(format!("{} exists", folder.display()))
+            .advice("Give the machine another --name or --folder, or remove the folder"));
+    }
+    let interface = match domain.text("interface") {
+        // User networking has none.
+        none if none.is_empty() => "lo".to_owned(),
+        interface => interface,
+    };
+    find_interface(&interface)?;
+    let files = Files::of(&domain, options.disks)?;
+    let base_files = if options.disks == Disks::Overlay { files.identities.clone() } else { Vec::new() };
+    let port = domain.text("agent_port");
+    let info = Info::new(Description {
+        name: name.clone(),
+        ip,
+        agent_port: port.parse().unwrap_or(DEFAULT_PORT),
+        os_name: domain.text("platform"),
+        os_version: domain.text("os_version"),
+        architecture: domain.text("architecture"),
+        bridge: interface,
+        mac: mac.unwrap_or_default(),
+        disk: DISK.to_owned(),
+        memory_snapshot: MEMORY.to_owned(),
+        tpm_state: None,
+        tags: domain.tags(),
+        start_args: domain.arguments.clone(),
+        base: None,
+        guest_ip: None,
+        base_files,
+        domain: None,
+        copied_from: Some(origin(&domain)),
+    });
+    Ok(Plan { domain, info, files, folder, replaced })
+}
+
+/// The port of Cuckoo's agent.
+const DEFAULT_PORT: u16 = 8000;
+
+/// Expects that all machines can be made, and that their files have space.
+fn expect_all_planned(context: &Context<'_>, plans: &[Plan], mut problems: Vec<Error>) -> Result<()> {
+    problems.extend(refused_arguments(context, plans)?);
+    let bytes = plans.iter().map(|plan| plan.files.bytes(&plan.domain)).sum::<Result<u64>>()?;
+    let folder = plans.first().and_then(|plan| plan.folder.ancestors().find(|folder| folder.exists()));
+    problems.extend(folder.and_then(|folder| expect_space(context.config, folder, bytes).err()));
+    Error::all(problems).map_or(Ok(()), Err)
+}
+
+/// Has the plugin check the arguments of all machines, as it does at each start.
+fn refused_arguments(context: &Context<'_>, plans: &[Plan]) -> Result<Vec<Error>> {
+    let scratch = tempfile::tempdir();
+    let scratch = scratch.map_err(|error| Error::environment(format!("cannot make a folder: {error}")))?;
+    let mut machines = Map::new();
+    for plan in plans {
+        let folder = scratch.path().join(&plan.domain.name);
+        let failed = |error| Error::io("write", &folder, &error);
+        fs::create_dir(&folder).map_err(failed)?;
+        plan.info.write(&folder)?;
+        let names = plan.domain.images.iter().map(|(_, name)| name);
+        for name in names.chain(plan.domain.files.iter().map(|(_, name)| name)) {
+            fs::write(folder.join(name), "").map_err(failed)?;
+        }
+        machines.insert(plan.domain.name.clone(), plan.keys(&folder));
+    }
+    let programs = binaries(context)?;
+    let binaries = json!({"qemu_img": programs.qemu_img, "qemu_system_x86_64": programs.qemu_system_x86_64});
+    let text = json!({"interface": "lo", "binaries": binaries, "machines": machines}).to_string();
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    let report = context.check_of(MACHINERY, ConfigFile { path, text }, context.config)?;
+    let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
+    let problems: Vec<&str> = problems.map(|finding| finding.text.as_str()).collect();
+    let of = |plan: &Plan| {
+        let key = format!("machines.{}.machineinfo_path: ", plan.domain.name);
+        let reasons =
+            problems.iter().filter_map(|text| text.split_once(&key)).map(|(_, reason)| reason.to_owned());
+        reasons.collect::<Vec<_>>()
+    };
+    let refused = |plan: &Plan| {
+        of(plan)
+            .into_iter()
+            .map(|reason| Error::configuration(reason).machine(&plan.domain.name))
+            .collect::<Vec<_>>()
+    };
+    Ok(plans.iter().flat_map(refused).collect())
+}
+
+impl Plan {
+    /// Makes the machine, and returns facts that the operator has to know.
+    fn make(&self, context: &Context<'_>, options: &OptionsForQemu) -> Result<Vec<String>> {
+        let name = &self.domain.name;
+        let folder = folder_of(context, options.folder.as_deref(), name)?;
+        let mut unfinished = Unfinished::begin(context.cwd, name, &folder)?;
+        let made = (|| {
+            self.files.write(context, &self.domain, &folder).map_err(|error| error.machine(name))?;
+            self.info.write(&folder)?;
+            let ready = Ready::restored(options.no_agent);
+            let readiness = prove(context, &self.info, &ready, &mut unfinished, &folder)?;
+            publish(context, &self.info, &folder, readiness, None)
+        })();
+        let made = unfinished.conclude(context, &folder, made)?;
+        if let Some(entry) = &self.replaced {
+            remove_entry(context, entry)?;
+        }
+        let mut notes = self.domain.notes.clone();
+        notes.extend(made.notes);
+        let ready =
+            if made.ready.reason.is_empty() { String::new() } else { format!(" ({})", made.ready.reason) };
+        notes.push(format!("restored once; its restores are {}{ready}", made.ready.mode));
+        if options.disks == Disks::Overlay {
+            let label = shell_word(&self.domain.label);
+            notes.push(format!("its disks are overlays: do not start or revert the domain {label} any more"));
+        }
+        Ok(notes)
+    }
+
+    /// Returns the entry of the machine, whose files are in that folder.
+    fn keys(&self, folder: &std::path::Path) -> Value {
+        let machine = &self.info.machine;
+        json!({
+            "qcow2_path": folder.join(DISK), "snapshot_path": folder.join(MEMORY), "machineinfo_path": folder.join(INFO),
+            "ip": machine.ip, "platform": machine.os_name, "os_version": machine.os_version,
+            "architecture": machine.architecture, "interface": machine.bridge, "agent_port": machine.agent_port,
+        })
+    }
+
+    /// Returns the text of the entry.
+    fn entry(&self) -> String {
+        let text =
+            serde_yaml::to_string(&json!({&self.domain.name: self.keys(&self.folder)})).unwrap_or_default();
+        text.lines().map(|line| format!("  {line}\n")).collect()
+    }
+}
+
+/// Removes the entry of the domain, which stays in libvirt, and has a running host load that.
+fn remove_entry(context: &Context<'_>, entry: &str) -> Result<()> {
+    let _lock = super::lock_configuration(context.cwd)?;
+    import::remove(&context.cwd.machinery_yaml(KVM), entry)?;
+    host::reload(context.cwd).into_iter().for_each(|note| tracing::warn!("{note}"));
+    Ok(())
+}
