@@ -211,7 +211,7 @@ fn see_its_interfaces() -> io::Result<()> {
 }
 
 /// Returns a random loopback address outside of 127.0, which has the fixed addresses of tests.
-pub(crate) fn loopback_address() -> Ipv4Addr {
+pub fn loopback_address() -> Ipv4Addr {
     let [a, b, c, ..] = RandomState::new().build_hasher().finish().to_be_bytes();
     Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254))
 }

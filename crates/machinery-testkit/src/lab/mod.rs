@@ -26,4 +26,4 @@ pub use qemu::Lab;
 pub use tiny_disk::TinyDisk;
 pub use watch::{FileEvent, FileWatch};
 
-pub use crate::network::TestNetwork;
+pub use crate::network::{TestNetwork, loopback_address};

@@ -84,8 +84,11 @@ fn convert(
     let from = files.first().cloned().unwrap_or_default();
     // A comma in a value is written twice.
     let named = snapshot.map(|name| format!("snapshot.name={}", name.replace(',', ",,")));
+    // A machine's disk, of which each run has an overlay.
+    let form = snapshot.map(|_| "lazy_refcounts=on,cluster_size=2M");
     let args = ["convert", "-q", "-f", "qcow2", "-O", "qcow2"].map(OsStr::new).into_iter();
     let args = args.chain(named.iter().flat_map(|name| [OsStr::new("-l"), OsStr::new(name)]));
+    let args = args.chain(form.iter().flat_map(|form| [OsStr::new("-o"), OsStr::new(form)]));
     let args = args.chain([from.as_os_str(), to.as_os_str()]);
     let written = write(program, is_confined, files.clone(), to, space, args);
     written.map_err(|error| error.action(format!("flattening {}", from.display())))
