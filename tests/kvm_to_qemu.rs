@@ -214,7 +214,8 @@ fn define_uefi(lab: &mut Lab) {
     let (_, after) = after.split_once("</uuid>").unwrap();
     let (before, address) = (before.replace(&seed.label, "uefi"), format!("hostfwd=tcp:{}:", seed.ip));
     // The devices get addresses that fit to the other type of machine.
-    let after = after.split('\n').filter(|line| !line.contains("<address ") && !line.contains("<controller "));
+    let after =
+        after.split('\n').filter(|line| !line.contains("<address ") && !line.contains("<controller "));
     let after = after.filter(|line| !line.contains("</controller>")).collect::<Vec<_>>().join("\n");
     let after = after.replace(&seed.disk.display().to_string(), &path);
     let after = after.replace(&seed.serial.display().to_string(), &serial);
@@ -313,7 +314,8 @@ fn faults_of_all_domains_are_named_and_nothing_is_written() {
         lab.snapshot(name);
         if !device.is_empty() {
             let snapshot = lab.virsh(&["snapshot-dumpxml", name, "clean"]);
-            let shared = "<filesystem type='mount'><source dir='/tmp'/><target dir='t'/></filesystem></devices>";
+            let shared =
+                "<filesystem type='mount'><source dir='/tmp'/><target dir='t'/></filesystem></devices>";
             let snapshot = snapshot.replace("</devices>", shared);
             lab.virsh(&["snapshot-delete", name, "clean", "--metadata"]);
             let redefine = ["--redefine", "--current"];
@@ -349,7 +351,13 @@ fn faults_of_all_domains_are_named_and_nothing_is_written() {
 fn import_leaves_nothing_after_a_signal_or_a_kill_at_any_step() {
     let lab = small();
     let before = lab.state();
-    let steps = ["reading the domains", "copying the disks", "copying the memory", "building the template", "restoring"];
+    let steps = [
+        "reading the domains",
+        "copying the disks",
+        "copying the memory",
+        "building the template",
+        "restoring",
+    ];
     for (number, step) in steps.iter().enumerate() {
         for signal in [Signal::TERM, Signal::KILL] {
             let mut command = host::command(lab.kvm.cwd()).unwrap();

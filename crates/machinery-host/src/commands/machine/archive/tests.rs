@@ -22,6 +22,7 @@ fn description() -> Vec<u8> {
         base: None,
         base_files: Vec::new(),
         domain: None,
+        copied_from: None,
     };
     serde_json::to_vec(&Info::new(machine)).unwrap()
 }
