@@ -80,7 +80,7 @@ impl Lab {
              <devices>{devices}
              <serial type='file'><source path='{serial}'/></serial>
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
-             <input type='tablet' bus='usb'/><graphics type='vnc' autoport='yes'/><sound model='ich6'/>
+             <input type='tablet' bus='usb'/><graphics type='vnc'><listen type='none'/></graphics><sound model='ich6'/>
              <video><model type='vga'/></video><memballoon model='none'/></devices></domain>"
         );
         self.kvm.libvirtd().virsh_with_file(&["define"], &xml, &[]).unwrap();
@@ -333,8 +333,8 @@ fn faults_of_all_domains_are_named_and_nothing_is_written() {
         ],
     );
     assert!(!ran.stderr.contains("machine 'm'"), "{}", ran.stderr);
-    lab.assert_nothing_made("faults");
     lab.virsh(&["destroy", "on"]);
+    lab.assert_nothing_made("faults");
     // The plugin's rules, a missing value, a name of two machines, and a folder that exists.
     let words = |more: &[&str]| lab.import(&["m", "on"], &[&MICRO, more].concat());
     fails(&lab.run(&words(&["--name", "x"])), &["--name without DOMAIN="]);
@@ -358,7 +358,7 @@ fn import_leaves_nothing_after_a_signal_or_a_kill_at_any_step() {
         "building the template",
         "restoring",
     ];
-    for (number, step) in steps.iter().enumerate() {
+    for step in steps {
         for signal in [Signal::TERM, Signal::KILL] {
             let mut command = host::command(lab.kvm.cwd()).unwrap();
             command.arg("-v").args(lab.import(&["m"], &MICRO));
@@ -366,10 +366,8 @@ fn import_leaves_nothing_after_a_signal_or_a_kill_at_any_step() {
             importing.wait_for(step);
             importing.signal(signal);
             let (code, log) = importing.end();
-            // Before it writes anything, the command ends by the signal itself.
-            let is_cleared = signal == Signal::TERM && number > 0;
-            assert_eq!(code, is_cleared.then_some(1), "{step}: {log}");
-            if !is_cleared {
+            assert_eq!(code, (signal == Signal::TERM).then_some(1), "{step}: {log}");
+            if signal == Signal::KILL {
                 succeeds(&lab.kvm.run(&["machine", "clear"]).unwrap());
             }
             lab.assert_nothing_made(step);
@@ -402,7 +400,7 @@ fn domain_of_a_machine_of_kvm_is_replaced_when_the_operator_says_so() {
     assert!(yaml.contains("# one") && !yaml.contains("label"), "{yaml}");
     assert!(cwd.yaml("qemu").unwrap().contains("office"));
     // The running host has the machine of qemu now.
-    assert_eq!(client.machine("m").unwrap()["machinery"], "qemu");
+    assert_eq!(client.machine("m").unwrap()["machinery_name"], "qemu");
     client.perform("restore_start", "m");
     lab.of_qemu("m").first_count(SOON).unwrap();
     client.perform("stop", "m");
@@ -426,7 +424,7 @@ fn overlay_is_made_on_a_disk_that_is_at_its_snapshot() {
     let overlay = [&MICRO[..], &["--disks", "overlay"]].concat();
     // The guest has not written to its disk after the snapshot.
     let path = lab.file("m");
-    qemu_io(&path, "write -P 0xa5 1M 64k");
+    qemu_io(&path, "write -P 0xa5 0 512");
     fails(&lab.run(&lab.import(&["m"], &overlay)), &["has changes after the snapshot", "snapshot-revert"]);
     lab.virsh(&["snapshot-revert", "m", "clean", "--paused"]);
     lab.virsh(&["destroy", "m"]);
@@ -441,7 +439,7 @@ fn overlay_is_made_on_a_disk_that_is_at_its_snapshot() {
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
     assert_eq!(lab.state(), before);
     // A disk that somebody has written to is found.
-    qemu_io(&path, "write -P 0xa5 4M 4M");
+    qemu_io(&path, "write -P 0xa5 0 512");
     let checked = lab.kvm.run(&["check"]).unwrap();
     assert!(checked.stdout.contains("domains/m"), "{checked:?}");
 }

@@ -45,6 +45,9 @@ struct Plan {
 /// A domain cannot become a machine: nothing is written then. Or a machine cannot be restored: nothing of it and of later
 /// ones remains.
 pub fn copy_domains(context: &Context<'_>, import: &Import) -> Result<Imported> {
+    if !import.is_dry() {
+        interrupt::clear_when_interrupted(None, context.globals.clone())?;
+    }
     (context.step)("reading the domains");
     let options = import.options();
     let mut imported = Imported::default();
@@ -72,7 +75,6 @@ pub fn copy_domains(context: &Context<'_>, import: &Import) -> Result<Imported> 
         imported.dry_run = Some(plans.iter().map(|plan| plan.entry()).collect());
     } else if !plans.is_empty() {
         clear_abandoned(context, None)?;
-        interrupt::clear_when_interrupted(None, context.globals.clone())?;
     }
     for plan in plans {
         if !import.is_dry() {
