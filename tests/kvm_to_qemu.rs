@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use machinery_testkit::artifacts;
 use machinery_testkit::guest::{Guest, GuestProbe, Marks};
 use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::lab::{KvmLab, loopback_address};
@@ -20,7 +21,10 @@ const SOON: Duration = Duration::from_secs(60);
 /// The time for an emulated processor to run the firmware.
 const BOOT: Duration = Duration::from_secs(180);
 const LINUX: Guest = Guest::Linux { ram_mib: 256, noise_mib: 0 };
+/// The firmware in one file, and its code and its variables.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// The options of each import of micro guests, which have no agent.
 const MICRO: [&str; 7] = ["--as", "qemu", "--platform", "windows", "--os-version", "10", "--no-agent"];
 
@@ -40,7 +44,7 @@ impl Lab {
                     qemu_system_x86_64: /usr/bin/qemu-system-x86_64\nmachines:\n  # all of them\n";
         kvm.cwd().write_yaml("qemu", qemu).unwrap();
         kvm.cwd().list_machineries(&["qemu"]).unwrap();
-        kvm.cwd().host_yaml("machineries: {qemu: {standby: off}}\n").unwrap();
+        kvm.cwd().host_yaml("machineries: {qemu: {standby: off, instant_space_limit: 4 GiB}}\n").unwrap();
         Lab { kvm, machines: Vec::new() }
     }
 
@@ -202,6 +206,21 @@ fn small() -> Lab {
     lab
 }
 
+/// Returns the firmware of a domain. libvirt keeps the variables in internal snapshots from 10.10 on, if they are in a
+/// qcow2 file.
+fn firmware(lab: &Lab) -> String {
+    let version = lab.kvm.libvirtd().inside(&["libvirtd", "--version"]).unwrap();
+    let numbers = version.split_whitespace().last().unwrap().split('.').map(|number| number.parse().unwrap());
+    if numbers.take(2).collect::<Vec<u32>>() < vec![10, 10] {
+        return format!("<loader type='rom'>{FIRMWARE}</loader>");
+    }
+    let path = lab.file("variables");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2", VARIABLES, &path]);
+    assert!(convert.status().unwrap().success());
+    format!("<loader readonly='yes' type='pflash'>{CODE}</loader><nvram format='qcow2'>{path}</nvram>")
+}
+
 /// Defines a domain that boots the Linux guest of the lab by UEFI, and takes its snapshot.
 fn define_uefi(lab: &mut Lab) {
     let seed = lab.kvm.machine("linux").clone();
@@ -220,7 +239,7 @@ fn define_uefi(lab: &mut Lab) {
     let after = after.replace(&seed.disk.display().to_string(), &path);
     let after = after.replace(&seed.serial.display().to_string(), &serial);
     let after = after.replace(&address, &format!("hostfwd=tcp:{ip}:"));
-    let after = after.replace("</type>", &format!("</type><loader type='rom'>{FIRMWARE}</loader>"));
+    let after = after.replace("</type>", &format!("</type>{}", firmware(lab)));
     let (head, tail) = after.split_once("machine='").unwrap();
     let (_, tail) = tail.split_once('\'').unwrap();
     let xml = format!("{before}{head}machine='q35'{tail}");
@@ -231,6 +250,17 @@ fn define_uefi(lab: &mut Lab) {
     probe.mark("snapshot", "snapshot", BOOT).unwrap();
     lab.virsh(&["snapshot-create-as", "uefi", "clean"]);
     lab.virsh(&["destroy", "uefi"]);
+}
+
+/// Expects that the plugin meets its requirements with the machines.
+#[track_caller]
+fn assert_conforms(lab: &Lab) {
+    let plugin = artifacts::folder().unwrap().join("libmachinery_qemu.so").display().to_string();
+    let file = |name: &str| lab.root().join("conf").join(name).display().to_string();
+    let (config, host_config) = (file("machineries/qemu.yaml"), file("machinery-host.yaml"));
+    let ran =
+        lab.kvm.run(&["conformance", &plugin, "--config", &config, "--host-config", &host_config]).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
 }
 
 #[test]
@@ -288,6 +318,7 @@ fn domains_of_five_shapes_become_machines_by_one_command() {
         assert_eq!(client.machine(name).unwrap()["ready"]["mode"], "instant", "{name}");
     }
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    assert_conforms(&lab);
     assert_eq!(lab.state(), before);
 
     // The domains work in libvirt as before.
