@@ -59,10 +59,7 @@ pub const KINDS: &[(&str, Danger)] = &[
     ),
     ("dbus braille", Connects),
     ("pipe serial tty parallel parport passthrough", SharesHost),
-    (
-        "vfio* vhost* ivshmem* usb-host usb-redir usb-mtp usb-bt* scsi-generic scsi-block virtio-9p* u2f-*",
-        SharesHost,
-    ),
+    ("vfio* vhost* ivshmem* usb-host usb-mtp usb-bt* scsi-generic scsi-block virtio-9p* u2f-*", SharesHost),
     (
         "ccid-card-* usb-ccid usb-braille virtio-input-host* virtio-pmem nvdimm tpm-* ipmi-bmc-extern cxl-*",
         SharesHost,

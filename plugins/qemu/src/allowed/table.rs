@@ -182,7 +182,7 @@ pub const KINDS: &[(&str, &str, &str)] = &[
 // Types of devices. `-pci`, `-device` and the variants of virtio's are left out: `virtio-net` is all of them.
 const DISKS: &str = "ide-hd ide-cd ide-drive scsi-hd scsi-cd scsi-disk virtio-blk virtio-scsi nvme nvme-ns nvme-subsys usb-storage floppy isa-fdc lsi lsi53c810 lsi53c895a megasas megasas-gen2 mptsas1068 pvscsi am53c974 dc390 sdhci sd-card piix3-ide piix4-ide isa-ide ich9-ahci ahci";
 const NETWORK_CARDS: &str = "rtl8139 e1000 e1000-82540em e1000-82544gc e1000-82545em e1000e igb i82550 i82551 i82557a i82557b i82557c i82558a i82558b i82559a i82559b i82559c i82559er i82562 i82801 pcnet ne2k_pci ne2k_isa tulip vmxnet3 virtio-net usb-net";
-const USB: &str = "piix3-usb-uhci piix4-usb-uhci ich9-usb-uhci1 ich9-usb-uhci2 ich9-usb-uhci3 ich9-usb-uhci4 ich9-usb-uhci5 ich9-usb-uhci6 ich9-usb-ehci1 ich9-usb-ehci2 usb-ehci qemu-xhci nec-usb-xhci pci-ohci usb-tablet usb-mouse usb-kbd usb-wacom-tablet usb-hub usb-audio usb-serial";
+const USB: &str = "piix3-usb-uhci piix4-usb-uhci ich9-usb-uhci1 ich9-usb-uhci2 ich9-usb-uhci3 ich9-usb-uhci4 ich9-usb-uhci5 ich9-usb-uhci6 ich9-usb-ehci1 ich9-usb-ehci2 usb-ehci qemu-xhci nec-usb-xhci pci-ohci usb-tablet usb-mouse usb-kbd usb-wacom-tablet usb-hub usb-audio usb-serial usb-redir";
 const SOUND: &str = "intel-hda ich9-intel-hda hda-duplex hda-micro hda-output AC97 ES1370 sb16 adlib gus cs4231a virtio-sound";
 const SCREENS: &str = "VGA secondary-vga bochs-display ramfb cirrus-vga isa-cirrus-vga isa-vga vmware-svga qxl qxl-vga virtio-vga virtio-gpu";
 const BUSES: &str = "pci-bridge pcie-root-port ioh3420 pcie-pci-bridge i82801b11-bridge dmi-to-pci-bridge pxb pxb-pcie x3130-upstream xio3130-downstream intel-iommu amd-iommu virtio-iommu";

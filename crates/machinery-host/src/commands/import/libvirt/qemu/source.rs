@@ -12,10 +12,9 @@ use roxmltree::{Document, Node};
 use super::super::xml::{child, parse};
 
 /// The devices that cannot come over, and the reasons.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 8] = [
     ("hostdev", "a device of this computer"),
     ("filesystem", "a folder of this computer, which runs would change"),
-    ("redirdev", "USB redirection, which the machinery qemu does not have"),
     ("smartcard", "a smartcard of this computer"),
     ("shmem", "memory that it shares with this computer"),
     ("vsock", "a socket of this computer"),
@@ -257,7 +256,6 @@ mod tests {
         for (device, named) in [
             ("<hostdev/>", "a device of this computer"),
             ("<filesystem type='mount'/>", "a folder of this computer"),
-            ("<redirdev bus='usb'/>", "USB redirection"),
             ("<tpm/>", "a TPM"),
             ("<memory model='nvdimm'/>", "persistent memory"),
             (
