@@ -255,7 +255,9 @@ fn define_uefi(lab: &mut Lab) {
 /// Expects that the plugin meets its requirements with two of the machines.
 #[track_caller]
 fn assert_conforms(lab: &Lab) {
-    ["sata", "lab-linux", "uefi"].map(|name| lab.kvm.cwd().remove_machine("qemu", name).unwrap());
+    for name in ["sata", "lab-linux", "uefi"] {
+        lab.kvm.cwd().remove_machine("qemu", name).unwrap();
+    }
     let plugin = artifacts::folder().unwrap().join("libmachinery_qemu.so").display().to_string();
     let file = |name: &str| lab.root().join("conf").join(name).display().to_string();
     let (config, host_config) = (file("machineries/qemu.yaml"), file("machinery-host.yaml"));
@@ -375,6 +377,8 @@ fn faults_of_all_domains_are_named_and_nothing_is_written() {
     fails(&lab.run(&words(&["--name", "on=m"])), &["same name or address"]);
     fails(&lab.kvm.run(&["import", "libvirt", "m", "--disks", "copy"]).unwrap(), &["--as"]);
     fails(&lab.kvm.run(&["import", "libvirt", "m", "--as", "qemu"]).unwrap(), &["--ip 'm=ADDRESS'"]);
+    let remote = ["--dsn", "qemu+ssh://none.invalid/system"];
+    fails(&lab.run(&words(&remote)), &["whose disks are files of another computer"]);
     let dry = lab.run(&words(&["--dry-run"]));
     succeeds(&dry);
     assert!(dry.stdout.contains("would add  m") && dry.stdout.contains("machines/on/disk.qcow2"), "{dry:?}");

@@ -38,6 +38,7 @@ use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of, values};
 use edit::expect_content;
 pub use edit::{remove, restore, set};
 use entry::{Found, Machine};
+pub use libvirt::LOCAL;
 use libvirt::Libvirt;
 pub use libvirt::qemu::{Disks, Domain as DomainForQemu, Options as OptionsForQemu};
 use libvirt::qemu::{Options, Target};
@@ -110,8 +111,8 @@ impl Import {
             let Some(label) = entry.own.label() else { continue };
             values(entry).iter().for_each(|(key, value)| given.complete(label, key, value));
         }
-        let dsn = known.as_ref().and_then(|known| known.dsn.as_deref()).unwrap_or(DEFAULT_DSN);
-        libvirt::find_for_qemu(libvirt, dsn, &given)
+        let configured = known.as_ref().and_then(|known| known.dsn.as_deref()).unwrap_or(DEFAULT_DSN);
+        libvirt::find_for_qemu(libvirt, configured, &given)
     }
 
     /// Returns the options of machines of `qemu`.

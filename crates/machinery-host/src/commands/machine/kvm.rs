@@ -26,12 +26,9 @@ use super::options::{Create, Ready};
 use super::publish::Made;
 use super::section::lock_configuration;
 use super::unfinished::Unfinished;
-use crate::commands::import::{self, DEFAULT_DSN, Network, Virsh};
+use crate::commands::import::{self, DEFAULT_DSN, LOCAL, Network, Virsh};
 use crate::config::Config;
 use crate::cwd::Cwd;
-
-/// The beginning of the address of a libvirt that runs QEMU on this computer.
-const LOCAL: &str = "qemu:///";
 
 /// Returns the address of the libvirt that gets the domain.
 ///

@@ -27,6 +27,9 @@ use qemu::{Options, Target};
 use virsh::Virsh;
 use xml::{Card, Domain, Network, Snapshot, address_in};
 
+/// The beginning of the address of a libvirt on this computer.
+pub const LOCAL: &str = "qemu:///";
+
 /// The arguments of the command.
 #[derive(Debug, Clone, Args)]
 pub struct Libvirt {
@@ -58,9 +61,13 @@ pub fn find(libvirt: &Libvirt, configured: &str) -> Result<Found> {
 /// operator's values and those of its entries.
 ///
 /// # Errors
-/// As [`find`]. A domain lacks a value, is on, or has a part that cannot come over.
+/// As [`find`]. libvirt is on another computer. A domain lacks a value, is on, or has a part that cannot come over.
 pub fn find_for_qemu(libvirt: &Libvirt, configured: &str, given: &Given) -> Result<Vec<qemu::Domain>> {
     let dsn = libvirt.dsn.as_deref().unwrap_or(configured);
+    if !dsn.starts_with(LOCAL) {
+        let what = format!("copying the domains of {dsn}, whose disks are files of another computer");
+        return Err(Error::unsupported(&what).advice("Run the command on that computer"));
+    }
     let mut reader = Reader::new(dsn, given)?;
     let machines = machines(&mut reader, libvirt)?;
     qemu::read(&mut reader, libvirt, machines)
