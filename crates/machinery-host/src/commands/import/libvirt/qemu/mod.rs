@@ -23,7 +23,7 @@ use serde_yaml::Value;
 use super::super::entry::Machine;
 use super::super::given::Assignment;
 use super::super::outcome::collect_all;
-use super::{Libvirt, Reader, is_in};
+use super::reader::{Reader, is_in};
 use crate::commands::shell_word;
 use native::Places;
 pub use source::Image;
@@ -115,16 +115,12 @@ impl Domain {
 ///
 /// # Errors
 /// As an import, and each part of a domain that cannot come over.
-pub(super) fn read(
-    reader: &mut Reader<'_>,
-    libvirt: &Libvirt,
-    machines: Vec<Machine>,
-) -> Result<Vec<Domain>> {
+pub fn read(reader: &mut Reader<'_>, options: &Options, machines: Vec<Machine>) -> Result<Vec<Domain>> {
     let active = reader.virsh.names(&["list", "--name"])?;
-    expect_one_name(&libvirt.options.name, machines.len())?;
+    expect_one_name(&options.name, machines.len())?;
     collect_all(machines.into_iter().map(|machine| {
         let label = machine.name.clone();
-        domain(reader, libvirt, machine, is_in(&active, &label)).map_err(|error| error.machine(label))
+        domain(reader, options, machine, is_in(&active, &label)).map_err(|error| error.machine(label))
     }))
 }
 
@@ -136,7 +132,7 @@ fn expect_one_name(names: &[Assignment], domains: usize) -> Result<()> {
     Ok(())
 }
 
-fn domain(reader: &mut Reader<'_>, libvirt: &Libvirt, mut machine: Machine, is_on: bool) -> Result<Domain> {
+fn domain(reader: &mut Reader<'_>, options: &Options, mut machine: Machine, is_on: bool) -> Result<Domain> {
     let label = machine.name.clone();
     let mut problems = machine.take_faults();
     if is_on {
@@ -167,7 +163,7 @@ fn domain(reader: &mut Reader<'_>, libvirt: &Libvirt, mut machine: Machine, is_o
     let places = Places { images: placeholders(&images), networks: networks.collect::<Result<_>>()? };
     let line = translated_by_libvirt(reader, &source.xml)?;
     let translated = native::translate(&line, &places).map_err(Error::configuration)?;
-    let name = libvirt.options.name.iter().rfind(|name| name.machine.as_ref().is_none_or(|of| *of == label));
+    let name = options.name.iter().rfind(|name| name.machine.as_ref().is_none_or(|of| *of == label));
     Ok(Domain {
         name: name.map_or_else(|| label.clone(), |name| name.value.clone()),
         label,
