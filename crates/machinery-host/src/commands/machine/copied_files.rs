@@ -15,7 +15,7 @@ use super::base::identify;
 use super::context::Context;
 use super::flatten::{files_of_disk, flatten, overlay, used};
 use super::folder::{FILE_MODE, copy_files};
-use super::info::MEMORY;
+use super::info::{CopiedFrom, MEMORY};
 use crate::commands::import::{Disks, DomainForQemu};
 use crate::commands::shell_word;
 
@@ -93,6 +93,21 @@ impl Files {
 fn identities(domain: &DomainForQemu) -> Result<Vec<FileId>> {
     let all = domain.images.iter().map(|(image, _)| identify(&image.path));
     all.collect::<Result<Vec<_>>>().map(|all| all.into_iter().flatten().collect())
+}
+
+/// Returns the domain and its snapshot, as the description of the machine has them.
+///
+/// # Errors
+/// The image with the snapshot cannot be read.
+pub fn origin(domain: &DomainForQemu) -> Result<CopiedFrom> {
+    let header = Header::read(&domain.memory)?;
+    let snapshot = header.as_ref().and_then(|header| header.snapshot(&domain.snapshot));
+    Ok(CopiedFrom {
+        label: domain.label.clone(),
+        uuid: domain.uuid.clone(),
+        snapshot: domain.snapshot.clone(),
+        taken: snapshot.map_or(0, |snapshot| snapshot.taken),
+    })
 }
 
 fn memory(domain: &DomainForQemu) -> Result<SnapshotMemory> {

@@ -16,10 +16,10 @@ use machinery::{Error, Level, Result};
 use serde_json::{Map, Value, json};
 
 use super::context::{Context, KVM, MACHINERY};
-use super::copied_files::Files;
+use super::copied_files::{Files, origin};
 use super::create::folder_of;
 use super::folder::{expect_kept, expect_space};
-use super::info::{CopiedFrom, DISK, Description, INFO, Info, MEMORY, domain_entries, entries};
+use super::info::{DISK, Description, INFO, Info, MEMORY, domain_entries, entries};
 use super::make::{binaries, prove};
 use super::options::Ready;
 use super::publish::{expect_free, publish};
@@ -107,11 +107,8 @@ fn is_copied(context: &Context<'_>, domain: &DomainForQemu) -> Result<bool> {
         return Ok(false);
     };
     let info = entry.paths.last().and_then(|path| Info::read(path.parent()?).ok());
-    Ok(info.is_some_and(|info| info.machine.copied_from == Some(origin(domain))))
-}
-
-fn origin(domain: &DomainForQemu) -> CopiedFrom {
-    CopiedFrom { label: domain.label.clone(), uuid: domain.uuid.clone(), snapshot: domain.snapshot.clone() }
+    let origin = origin(domain)?;
+    Ok(info.is_some_and(|info| info.machine.copied_from == Some(origin)))
 }
 
 fn plan(
@@ -170,7 +167,7 @@ fn plan(
         guest_ip: None,
         base_files,
         domain: None,
-        copied_from: Some(origin(&domain)),
+        copied_from: Some(origin(&domain)?),
     });
     Ok(Plan { domain, info, files, folder, replaced })
 }

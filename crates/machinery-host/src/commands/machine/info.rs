@@ -77,6 +77,8 @@ pub struct CopiedFrom {
     pub label: String,
     pub uuid: String,
     pub snapshot: String,
+    /// The time of the snapshot, in seconds since 1970.
+    pub taken: u32,
 }
 
 impl Info {
