@@ -21,7 +21,10 @@ pub struct Description {
     /// Every file that must exist for a start, including those of the disks.
     pub files: Vec<PathBuf>,
     pub firmware: Firmware,
+    /// True if the domain has a TPM that libvirt emulates. Its state is in a save image.
     pub has_tpm: bool,
+    /// True if the domain has a TPM that outlives it.
+    pub has_outer_tpm: bool,
     pub has_nvdimm: bool,
     /// True if the guest can write to a folder of the host's.
     pub has_shared_folder: bool,
@@ -108,7 +111,8 @@ impl Description {
             interfaces: all("interface").filter(|node| is_in(*node, "devices")).map(Interface::of).collect(),
             files: files(domain),
             firmware: Firmware::of(domain),
-            has_tpm: all("tpm").next().is_some(),
+            has_tpm: all("tpm").any(is_emulated),
+            has_outer_tpm: all("tpm").any(|tpm| !is_emulated(tpm)),
             has_nvdimm: all("memory").any(|memory| memory.attribute("model").is_some_and(is_nvdimm)),
             has_shared_folder: all("filesystem").any(|folder| child(folder, "readonly").is_none()),
             vnc: vnc.and_then(|index| u32::try_from(index).ok()),
@@ -126,6 +130,10 @@ impl Description {
     pub fn writable_disks(&self) -> impl Iterator<Item = &Disk> {
         self.disks.iter().filter(|disk| !disk.read_only)
     }
+}
+
+fn is_emulated(tpm: Node) -> bool {
+    child(tpm, "backend").is_some_and(|backend| backend.attribute("type") == Some("emulator"))
 }
 
 fn is_nvdimm(model: &str) -> bool {

@@ -65,10 +65,12 @@ pub const NEEDS: [Need; 19] = [
         why: "boots a machine by UEFI",
     },
     Need {
-        what: "swtpm",
-        program: "swtpm",
-        args: VERSION,
-        packages: &["swtpm"],
+        what: "swtpm_setup",
+        program: "swtpm_setup",
+        // It ends with 1 after its version.
+        args: &["--print-capabilities"],
+        // It depends on swtpm itself, and libvirt runs it.
+        packages: &["swtpm-tools"],
         why: "is the TPM of a machine",
     },
     Need {

@@ -15,6 +15,8 @@ const QEMU_CONF: &str = "security_driver = \"none\"\nstdio_handler = \"file\"\n"
 const QEMU_CONF_OF_ROOT: &str = "\
 user = \"root\"
 group = \"root\"
+swtpm_user = \"root\"
+swtpm_group = \"root\"
 dynamic_ownership = 0
 remember_owner = 0
 namespaces = []

@@ -63,6 +63,11 @@ impl Machine {
         let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?;
         let xml = source.overlaid(&xml, owner)?;
         self.make_overlays(&source, &snapshot, owner)?;
+        if source.has_tpm {
+            // libvirt puts the TPM's state of the image into the place from which the domain boots.
+            self.steps().timed("tpm", || self.keys.image.restore(connect, &source))?;
+            domain::destroy(domain)?;
+        }
         self.steps().timed("boot", || restore::boot_paused_as(connect, &xml))
     }
 

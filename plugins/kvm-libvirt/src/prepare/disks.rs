@@ -32,7 +32,7 @@ const REVERT_TIMEOUT: Duration = Duration::from_secs(600);
 /// The time that `qemu-img` has to make the first overlay of each disk.
 const OVERLAY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The disks of a domain that its guest can write to.
+/// The disks of a domain that its guest can write to, and the variables of its firmware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disks(Vec<PathBuf>);
 
@@ -51,9 +51,13 @@ impl Disks {
     /// # Errors
     /// A disk cannot be reverted by `qemu-img`, or the domain has other state that a guest can change.
     pub fn of(domain: &Description) -> Result<Disks, String> {
+        let nvram = &domain.firmware.nvram;
         let others = [
-            (domain.firmware.nvram.is_some(), "variables of its firmware"),
-            (domain.has_tpm, "a TPM"),
+            (
+                nvram.is_some() && !domain.firmware.nvram_is_qcow2,
+                "variables of its firmware in a file that is no qcow2",
+            ),
+            (domain.has_outer_tpm, "a TPM that is not emulated"),
             (domain.has_nvdimm, "a memory device with a file"),
             (domain.has_shared_folder, "a folder of the host"),
         ];
@@ -66,8 +70,12 @@ impl Disks {
                  and a restore from a save image would not revert it"
             ));
         }
-        let disks: Vec<PathBuf> = domain.writable_disks().map(file_of).collect::<Result<_, _>>()?;
-        if disks.is_empty() { Err("the domain has no disk to write to".to_owned()) } else { Ok(Disks(disks)) }
+        let mut disks: Vec<PathBuf> = domain.writable_disks().map(file_of).collect::<Result<_, _>>()?;
+        if disks.is_empty() {
+            return Err("the domain has no disk to write to".to_owned());
+        }
+        disks.extend(nvram.clone());
+        Ok(Disks(disks))
     }
 
     /// Describes the disks as text: the path of each, its own entry of the snapshot of that name, and the files that
@@ -271,6 +279,7 @@ mod tests {
             ),
             (disk(&format!("{good}<shareable/>")), "of this domain alone"),
             (add("<os><nvram>/n</nvram></os>"), "firmware"),
+            (add("<tpm><backend type='passthrough'/></tpm>"), "a TPM that is not emulated"),
             (disk(&format!("{good}<transient/>")), "settings of its own"),
             (
                 disk(&good.replace("'/a'/>", "'/a'><seclabel model='dac' relabel='no'/></source>")),
@@ -287,6 +296,8 @@ mod tests {
             assert!(why.contains(words), "no {words:?} in {why}");
         }
         assert!(disks_of(&argument("-netdev")).is_ok());
+        let whole = "<os><nvram format='qcow2'>/n</nvram></os><tpm><backend type='emulator'/></tpm>";
+        assert_eq!(disks_of(&add(whole)).unwrap(), Disks(vec!["/a".into(), "/n".into()]));
     }
 
     #[test]

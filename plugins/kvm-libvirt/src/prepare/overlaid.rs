@@ -1,4 +1,5 @@
-//! A domain's description with an overlay in place of each disk that its guest can write to.
+//! A domain's description with an overlay in place of each disk that its guest can write to, and of the file with the
+//! variables of its firmware.
 //!
 //! libvirt opens the files that the description names, and no other. So the description also names the disk below the
 //! overlay: libvirt does not have to believe the header of the overlay. It describes a disk without a backing file by an
@@ -47,6 +48,12 @@ pub fn overlaid(xml: &str, overlays: &[Overlaid], owner: Owner) -> Result<String
         let Some(at) = left.iter().position(|(path, _)| Some(path.as_path()) == file) else { continue };
         edits.extend(edits_of(xml, disk, source, left.remove(at), owner)?);
     }
+    let firmware = document.root_element().children().filter(|node| node.has_tag_name("os"));
+    for nvram in firmware.filter_map(|os| child(os, "nvram")) {
+        let Some((range, path)) = variables(nvram) else { continue };
+        let Some(at) = left.iter().position(|(own, _)| own == Path::new(path)) else { continue };
+        edits.push((range, attribute_text(&left.remove(at).1)?));
+    }
     match left.first() {
         None => Ok(edited(xml, edits)),
         Some((disk, _)) => Err(Error::failed(format!("the description has no disk {}", disk.display()))),
@@ -54,6 +61,17 @@ pub fn overlaid(xml: &str, overlays: &[Overlaid], owner: Owner) -> Result<String
 }
 
 type Edit = (Range<usize>, String);
+
+/// Returns the path of the file with the firmware's variables, and its place in the text.
+fn variables<'a>(nvram: Node<'a, '_>) -> Option<(Range<usize>, &'a str)> {
+    match child(nvram, "source") {
+        Some(source) => {
+            let file = source.attribute_node("file")?;
+            Some((file.range_value(), file.value()))
+        }
+        None => Some((nvram.first_child()?.range(), nvram.text()?.trim())),
+    }
+}
 
 fn edits_of(
     xml: &str,
@@ -125,6 +143,17 @@ mod tests {
             text.contains(&format!("<source file='/d/a &amp; b'>{KEPT_OWNER}</source></backingStore>")),
             "{text}"
         );
+    }
+
+    #[test]
+    fn variables_of_the_firmware_get_their_overlay_in_both_spellings() {
+        for nvram in ["<nvram format='qcow2'>V</nvram>", "<nvram><source file='V'/></nvram>"] {
+            let xml = |path: &str| format!("<os>{}</os>", nvram.replace('V', path));
+            let domain = |os: String| domain(DISK).replace("<devices>", &format!("{os}<devices>"));
+            let overlays = [over("/d/a & b"), ("/d/v".into(), "/d/o".into())];
+            let text = overlaid(&domain(xml("/d/v")), &overlays, Owner::Kept).unwrap();
+            assert!(text.contains(&xml("/d/o")), "{text}");
+        }
     }
 
     #[test]

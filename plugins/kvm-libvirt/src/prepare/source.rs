@@ -25,6 +25,8 @@ const KEPT: &str = "owner kept\n";
 /// The origin of an image: the domain at its snapshot.
 pub struct Source {
     pub(super) disks: Disks,
+    /// True if the domain has a TPM, whose state is in the image.
+    pub has_tpm: bool,
     /// The disks, each with its overlay.
     pub overlays: Vec<Overlaid>,
     pub(super) format: Format,
@@ -70,7 +72,7 @@ impl Source {
         let format = Format::best(&connect).map_err(|error| error.to_string())?;
         let described = disks.described(name)?;
         let origin = format!("{name}\n{created}\n{format:?}\n{described}{overlays:?}\n{files}{xml}");
-        Ok(Source { disks, overlays, format, origin })
+        Ok(Source { disks, has_tpm: description.has_tpm, overlays, format, origin })
     }
 
     /// Returns the description with the overlays.

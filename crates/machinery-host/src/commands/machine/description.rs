@@ -39,6 +39,7 @@ pub fn description(
     };
     let sound =
         if create.platform == Platform::Windows && !create.no_sound { "<sound model='ich6'/>" } else { "" };
+    let tpm = if create.tpm { TPM } else { "" };
     let source = match card {
         Card::Bridge(bridge) => Some(("bridge", format!("bridge='{}'", escaped(bridge)))),
         Card::Network(network) => Some(("network", format!("network='{}'", escaped(network)))),
@@ -66,6 +67,7 @@ pub fn description(
     <input type='tablet' bus='usb'/>
     {card}
     {sound}
+    {tpm}
     <graphics type='vnc' sharePolicy='ignore'><listen type='none'/></graphics>
     <video><model type='vga'/></video>
     <memballoon model='none'/>
@@ -75,6 +77,9 @@ pub fn description(
 "
     )
 }
+
+/// A TPM 2.0 that libvirt emulates.
+const TPM: &str = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>";
 
 /// The network card for which Windows has a driver.
 pub const CARD_OF_WINDOWS: &str = "e1000";

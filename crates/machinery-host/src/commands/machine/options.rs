@@ -143,9 +143,9 @@ impl Create {
             }
             None => {}
         }
-        if is_kvm && (self.uefi || self.tpm) {
+        if is_kvm && self.uefi {
             return Err(Error::unsupported(
-                "a domain with UEFI or a TPM, of which most versions of libvirt take no internal snapshot",
+                "a domain with UEFI, of which most versions of libvirt take no internal snapshot",
             )
             .advice(
                 "Leave out --machinery kvm. Or define the domain yourself, and add it with `import libvirt`",
