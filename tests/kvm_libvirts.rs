@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::KvmLab;
+use machinery_testkit::lab::{FileEvent, FileWatch, KvmLab};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -132,13 +132,16 @@ fn libvirtd_that_is_killed_costs_its_own_machines_and_they_heal_when_it_is_back(
     served.finish();
 }
 
+/// libvirtd hangs in the middle of a restore, which keeps its permit until its timeout.
 #[test]
 fn libvirtd_that_hangs_costs_its_own_machines_and_they_heal_when_it_goes_on() {
-    let mut served = Served::new("timeouts: {state: 3, restore_start: 8, stop: 5}");
+    let mut served = Served::new("timeouts: {state: 3, restore_start: 20, stop: 5}");
     served.run("a2");
-    served.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
+    let watch = FileWatch::new(served.lab.machine("a2").disk.parent().unwrap()).unwrap();
     let mut waiting = served.host.client().unwrap();
     waiting.send(&json!({"action": "restore_start", "machine": "a2"})).unwrap();
+    watch.wait(&[FileEvent::Opened("disk.qcow2")], SOON).unwrap();
+    served.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
     served.run_b_without_wait("while the other libvirt hangs");
     assert_eq!(waiting.next_message().unwrap()["success"], false);
     served.subscriber.wait_for_event("quarantined", "a2").unwrap();
