@@ -43,6 +43,11 @@ impl OwnKeys {
     pub fn label(&self) -> Option<&str> {
         self.label.as_deref()
     }
+
+    /// Returns the address of its libvirt, if it names one.
+    pub fn dsn(&self) -> Option<&str> {
+        self.dsn.as_deref()
+    }
 }
 
 /// A machine to import, and its entry as the machinery will read it.

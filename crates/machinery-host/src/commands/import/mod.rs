@@ -107,12 +107,15 @@ impl Import {
         let Source::Libvirt(libvirt) = &self.source else { return Ok(Vec::new()) };
         let mut given = libvirt.given.clone();
         let known = read_existing(kvm_yaml)?.map(|file| file.parse::<ExistingMachines>()).transpose()?;
+        let configured = known.as_ref().and_then(|known| known.dsn.as_deref()).unwrap_or(DEFAULT_DSN);
+        let dsn = libvirt.dsn.as_deref().unwrap_or(configured);
         for entry in known.iter().flat_map(|known| known.machines.iter()) {
             let Some(label) = entry.own.label() else { continue };
-            values(entry).iter().for_each(|(key, value)| given.complete(label, key, value));
+            if entry.own.dsn().unwrap_or(configured) == dsn {
+                values(entry).iter().for_each(|(key, value)| given.complete(label, key, value));
+            }
         }
-        let configured = known.as_ref().and_then(|known| known.dsn.as_deref()).unwrap_or(DEFAULT_DSN);
-        libvirt::find_for_qemu(libvirt, configured, &given)
+        libvirt::find_for_qemu(libvirt, dsn, &given)
     }
 
     /// Returns the options of machines of `qemu`.

@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use super::context::{Context, KVM, MACHINERY};
 use super::copied_files::{Files, origin};
 use super::create::folder_of;
+use super::domain::DomainEntry;
 use super::folder::{expect_kept, expect_space};
 use super::info::{DISK, Description, INFO, Info, MEMORY, domain_entries, entries};
 use super::make::{binaries, prove};
@@ -97,7 +98,8 @@ fn entry_of(context: &Context<'_>, domain: &DomainForQemu) -> Result<Option<Stri
     if !is_listed(KVM, &context.config.machineries) {
         return Ok(None);
     }
-    let found = domain_entries(context.cwd)?.into_iter().find(|entry| entry.label == domain.label);
+    let is_domain = |entry: &DomainEntry| entry.label == domain.label && entry.dsn == domain.dsn;
+    let found = domain_entries(context.cwd)?.into_iter().find(is_domain);
     Ok(found.map(|entry| entry.name))
 }
 

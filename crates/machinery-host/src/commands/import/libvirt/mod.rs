@@ -56,13 +56,12 @@ pub fn find(libvirt: &Libvirt, configured: &str) -> Result<Found> {
     Ok(Found { interface: interface_of(&machines), machines, dsn: libvirt.dsn.clone(), ..Found::default() })
 }
 
-/// Reads the domains that become machines of `qemu`. `configured` is the libvirt that `kvm.yaml` names, and `given` has the
-/// operator's values and those of its entries.
+/// Reads the domains of the libvirt at `dsn` that become machines of `qemu`. `given` has the operator's values and those of
+/// the entries in `kvm.yaml`.
 ///
 /// # Errors
 /// As [`find`]. libvirt is on another computer. A domain lacks a value, is on, or has a part that cannot come over.
-pub fn find_for_qemu(libvirt: &Libvirt, configured: &str, given: &Given) -> Result<Vec<qemu::Domain>> {
-    let dsn = libvirt.dsn.as_deref().unwrap_or(configured);
+pub fn find_for_qemu(libvirt: &Libvirt, dsn: &str, given: &Given) -> Result<Vec<qemu::Domain>> {
     if !dsn.starts_with(LOCAL) {
         let what = format!("copying the domains of {dsn}, whose disks are files of another computer");
         return Err(Error::unsupported(&what).advice("Run the command on that computer"));

@@ -25,7 +25,8 @@ const NO_CURRENT: &str = "has no current snapshot";
 
 /// `virsh` for one libvirt.
 pub struct Virsh<'a> {
-    dsn: &'a str,
+    /// The address of the libvirt.
+    pub dsn: &'a str,
     program: &'a str,
     timeout: Duration,
     runtime: Runtime,

@@ -73,6 +73,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Domain {
     pub label: String,
+    /// The address of its libvirt.
+    pub dsn: String,
     pub uuid: String,
     pub snapshot: String,
     /// The name of the machine.
@@ -167,6 +169,7 @@ fn domain(reader: &mut Reader<'_>, options: &Options, mut machine: Machine, is_o
     Ok(Domain {
         name: name.map_or_else(|| label.clone(), |name| name.value.clone()),
         label,
+        dsn: reader.virsh.dsn.to_owned(),
         uuid: source.uuid,
         snapshot,
         arguments: translated.arguments,
