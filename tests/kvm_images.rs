@@ -4,7 +4,8 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::{FileEvent, FileWatch, KvmFixture, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
+use machinery_testkit::version;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -81,6 +83,23 @@ fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
             found.push(entry.path());
         }
     }
+}
+
+#[test]
+fn image_is_sparse_when_libvirt_reads_it_by_several_threads() {
+    let mut fixture = with_image();
+    let libvirt = fixture.virsh(&["version", "--daemon"]);
+    let newest = |program: &str| {
+        libvirt.lines().rfind(|line| line.contains(program)).and_then(version::numbers).unwrap()
+    };
+    let is_new = newest("daemon") >= (11, 2) && newest("hypervisor") >= (9, 0);
+    let mut header = [0; 32];
+    File::open(image(&fixture)).unwrap().read_exact(&mut header).unwrap();
+    // The format is the number after the version, the size of the description and the state. 6 is the sparse one.
+    assert_eq!(header[28] == 6, is_new, "{libvirt}");
+    fixture.restore();
+    fixture.act("stop");
+    fixture.finish();
 }
 
 #[test]

@@ -238,7 +238,8 @@ fn overlays_are_made_in_the_configured_folder() {
 fn restore_advises_what_to_do_when_the_current_snapshot_is_of_a_run() {
     let mut fixture = with_image();
     let before = content(&disk(&fixture.lab));
-    fixture.restore();
+    // QEMU 10.0 ends at a snapshot of a run from a sparse image. A cold start loads none.
+    fixture.act("norestore_start");
     fixture.virsh(&["snapshot-create-as", "lab-m", "op"]);
     fixture.act("stop");
     let reason = fixture.ask_refused(json!({"action": "restore_start", "machine": "m"}));

@@ -49,7 +49,7 @@ pub mod separate_build;
 pub mod snapshot;
 pub mod terminal;
 pub mod trace;
-mod version;
+pub mod version;
 pub mod viewer;
 pub mod wait;
 
