@@ -22,7 +22,7 @@ use crate::run::Result;
 pub enum Mode {
     /// By reading the whole snapshot
     Plain,
-    /// With the template's RAM file (qemu only)
+    /// With the template's RAM file, or with the save image of a domain
     Instant,
     /// With a machine that was prepared ahead
     Standby,
@@ -89,7 +89,7 @@ impl Mode {
                     "instant: {instant}, instant_space_limit: 64GiB, standby: {standby}, standby_memory: {gib}GiB"
                 )
             }
-            _ => format!("standby: {standby}"),
+            _ => format!("instant: {instant}, standby: {standby}"),
         };
         format!("free_space_reserve: 0\nmachineries: {{{machinery}: {{{keys}}}}}\n")
     }
@@ -224,7 +224,7 @@ mod tests {
         );
         assert_eq!(
             Mode::Plain.settings("kvm", 2048),
-            "free_space_reserve: 0\nmachineries: {kvm: {standby: off}}\n"
+            "free_space_reserve: 0\nmachineries: {kvm: {instant: off, standby: off}}\n"
         );
     }
 }

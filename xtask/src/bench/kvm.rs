@@ -18,6 +18,11 @@ fn revert() -> Kind {
     Kind { what: "virsh snapshot-revert --running, until it ends", ..by_hand::restore(Mode::Plain) }
 }
 
+/// The duration of a restore by hand of a save image.
+fn image() -> Kind {
+    Kind { what: "virsh restore of a save image, until it ends", ..by_hand::restore(Mode::Instant) }
+}
+
 /// The duration of a resume by hand of a reverted and paused domain.
 fn resume() -> Kind {
     Kind { what: "virsh resume of a domain that is reverted and paused", ..by_hand::restore(Mode::Standby) }
@@ -47,9 +52,8 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
         Contestant::Host(Mode::Standby) => plan.standby_rounds,
         _ => plan.rounds,
     };
-    // Domains of libvirt have no templates.
-    let modes = plan.modes.iter().copied().filter(|mode| *mode != Mode::Instant);
-    let contestants = [Contestant::Virsh].into_iter().chain(modes.map(Contestant::Host)).collect();
+    let modes = plan.modes.iter().copied().map(Contestant::Host);
+    let contestants = [Contestant::Virsh].into_iter().chain(modes).collect();
     turns::take(contestants, rounds, |contestant, share| match contestant {
         Contestant::Virsh => by_virsh(&lab, share, place, figures),
         Contestant::Host(mode) => host::measure(served, mode, &lab.machine("m").probe, share, place, figures),
@@ -69,19 +73,30 @@ fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) ->
     let label = lab.machine("m").label.as_str();
     let virsh =
         |command: &[&str]| timed(|| Ok(lab.libvirtd().virsh(command).map(drop)?)).map(|(_, took)| took);
+    let file = lab.cwd().root().join("by-hand.save").display().to_string();
+    virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
+    virsh(&["save", label, &file, "--running"])?;
     for round in 0..=rounds {
         let reverted = virsh(&["snapshot-revert", label, SNAPSHOT, "--running"])?;
         let plain = answers::after(reverted, guest)?;
         let destroyed = virsh(&["destroy", label])?;
+        // The snapshot's memory needs the snapshot's disk.
+        virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
+        virsh(&["destroy", label])?;
+        let restored = virsh(&["restore", &file])?;
+        let instant = answers::after(restored, guest)?;
+        virsh(&["destroy", label])?;
         virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
         let resumed = virsh(&["resume", label])?;
         let standby = answers::after(resumed, guest)?;
         virsh(&["destroy", label])?;
         if round > 0 {
             figures.add(place, revert(), reverted);
+            figures.add(place, image(), restored);
             figures.add(place, resume(), resumed);
             figures.add(place, DESTROY, destroyed);
             figures.add(place, by_hand::answer(Mode::Plain), plain);
+            figures.add(place, by_hand::answer(Mode::Instant), instant);
             figures.add(place, by_hand::answer(Mode::Standby), standby);
         }
     }
