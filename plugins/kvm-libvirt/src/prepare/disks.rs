@@ -130,8 +130,7 @@ impl Disks {
     /// # Errors
     /// A file is missing or unreadable.
     pub fn owners(&self) -> Result<Vec<FileOwner>> {
-        let one =
-            |path: PathBuf| FileOwner::of(path.clone()).map_err(|error| Error::io("look at", &path, &error));
+        let one = |path: PathBuf| FileOwner::of(&path).map_err(|error| Error::io("look at", &path, &error));
         self.files()?.into_iter().map(one).collect()
     }
 
