@@ -46,7 +46,7 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time that a load which has failed has to close what the machines share.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 /// The time that a machine has to end a standby whose memory is needed.
-const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(30);
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<S: Shared> Machinery for Adapter<S> {
     const NAME: &'static str = S::NAME;

@@ -13,7 +13,7 @@
 mod computer;
 mod keeper;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -68,6 +68,8 @@ struct Claims {
     seen: Option<(Instant, Memory)>,
     /// The time of the last pressure.
     pressed: Option<Instant>,
+    /// The shares whose return was asked for. One that is still held is asked again after all others.
+    asked_back: BTreeSet<u64>,
 }
 
 /// A share, as the budget keeps it.
@@ -109,13 +111,14 @@ impl Budget {
         let memory = if mode == Standby::Auto { Memory::now() } else { None };
         let mut claims = lock(&self.claims);
         claims.waiting.remove(machine);
-        let shortage = memory.and_then(|memory| self.shortage(&claims, memory, bytes));
-        if let Some(why) = shortage {
-            claims.waiting.insert(machine.to_owned(), bytes);
+        let refused = self.excess(&claims, bytes, 0).or_else(|| self.shortage(&claims, memory?, bytes, 0));
+        if let Some(why) = refused {
+            if mode == Standby::Auto {
+                claims.waiting.insert(machine.to_owned(), bytes);
+            }
             return Err(why);
         }
-        drop(claims);
-        self.hold(machine, mode, bytes)
+        Ok(self.add(&mut claims, machine, mode, bytes))
     }
 
     /// Takes a share for a standby that exists already, and therefore needs no free memory.
@@ -124,21 +127,17 @@ impl Budget {
     /// The share would exceed the limit. The text contains the limit and the memory in use.
     pub fn hold(self: &Arc<Self>, machine: &str, mode: Standby, bytes: u64) -> Result<Share, String> {
         let mut claims = lock(&self.claims);
-        let (used, limit) = (claims.used(), self.limit.load(Ordering::SeqCst));
-        if used.saturating_add(bytes) > limit {
-            return Err(format!(
-                "a standby would need {} of memory, and {} of the {} for standbys are in use (standby_memory_limit)",
-                format_bytes(bytes),
-                format_bytes(used),
-                format_bytes(limit)
-            ));
-        }
+        self.excess(&claims, bytes, 0).map_or(Ok(()), Err)?;
+        Ok(self.add(&mut claims, machine, mode, bytes))
+    }
+
+    fn add(self: &Arc<Self>, claims: &mut Claims, machine: &str, mode: Standby, bytes: u64) -> Share {
         claims.last_number += 1;
         let number = claims.last_number;
         let is_automatic = mode == Standby::Auto;
         let held = Held { machine: machine.to_owned(), bytes, is_automatic, is_loading: true };
         claims.held.insert(number, held);
-        Ok(Share { budget: Arc::clone(self), number, bytes })
+        Share { budget: Arc::clone(self), number, bytes }
     }
 
     /// Counts a restore of the machine. The machines with the most restores have standbys first.
@@ -149,10 +148,24 @@ impl Budget {
         claims.waiting.remove(machine);
     }
 
-    /// Describes the lack of free memory for an automatic standby of that size, if there is one.
-    fn shortage(&self, claims: &Claims, memory: Memory, bytes: u64) -> Option<String> {
+    /// Describes how a standby of that size would exceed the limit, if it would once others have given `given` bytes back.
+    fn excess(&self, claims: &Claims, bytes: u64, given: u64) -> Option<String> {
+        let (used, limit) = (claims.used().saturating_sub(given), self.limit.load(Ordering::SeqCst));
+        (used.saturating_add(bytes) > limit).then(|| {
+            format!(
+                "a standby would need {} of memory, and {} of the {} for standbys are in use (standby_memory_limit)",
+                format_bytes(bytes),
+                format_bytes(used),
+                format_bytes(limit)
+            )
+        })
+    }
+
+    /// Describes the lack of free memory for an automatic standby of that size, if there is one once others have given
+    /// `given` bytes back.
+    fn shortage(&self, claims: &Claims, memory: Memory, bytes: u64, given: u64) -> Option<String> {
         let reserve = self.reserve.load(Ordering::SeqCst);
-        let free = memory.available.saturating_sub(claims.loading());
+        let free = memory.available.saturating_sub(claims.loading()).saturating_add(given);
         (free < bytes.saturating_add(reserve)).then(|| {
             format!(
                 "a standby would need {} of memory, {} are free, and {} stay free (standby_memory_reserve)",
@@ -240,7 +253,7 @@ mod tests {
     fn budget_counts_the_memory_of_standbys_that_are_being_loaded() {
         let budget = Budget::new(Some(1 << 40), Some(10));
         let memory = Memory { available: 100, ..Memory::default() };
-        let shortage = |bytes| budget.shortage(&lock(&budget.claims), memory, bytes);
+        let shortage = |bytes| budget.shortage(&lock(&budget.claims), memory, bytes, 0);
         let mut share = budget.take("m", Standby::On, 50).unwrap();
         assert!(shortage(40).is_none() && shortage(41).is_some());
         share.set_actual(70);

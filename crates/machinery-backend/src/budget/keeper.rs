@@ -3,20 +3,21 @@
 //! ```text
 //!          ┌─ pressure ─────────────────────▶ the standby with the fewest restores is given back
 //!  look ───┼─ calm, a waiting one fits ─────▶ the host prepares it
-//!  (1 s)   └─ calm, it has far more restores
-//!             than one that has a standby ──▶ that standby is given back
+//!  (1 s)   └─ calm, it would fit without the standbys of machines with
+//!             far fewer restores ───────────▶ the least restored of these is given back
 //! ```
 //!
 //! Pressure is a lack of free memory, or processes that wait for memory while little is free. Waits alone are none: the
 //! page cache causes them on a computer that reads much, and a standby less would not end them.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Budget, Claims, Memory};
+use super::{Budget, Claims, Held, Memory};
 use crate::sync::lock;
 
 /// The time between two looks.
@@ -82,13 +83,29 @@ impl Budget {
         if claims.pressed.is_some_and(|pressed| now - pressed < CALM) {
             return None;
         }
-        let (machine, bytes) = claims.most_wanted()?;
-        if self.shortage(claims, memory, bytes).is_none() {
+        claims
+            .most_wanted()
+            .into_iter()
+            .find_map(|(machine, bytes)| self.serve(claims, memory, machine, bytes))
+    }
+
+    /// Returns the step that helps a waiting machine, if there is one.
+    fn serve(&self, claims: &mut Claims, memory: Memory, machine: String, bytes: u64) -> Option<Step> {
+        let is_refused = |claims: &Claims, given| {
+            self.excess(claims, bytes, given)
+                .or_else(|| self.shortage(claims, memory, bytes, given))
+                .is_some()
+        };
+        if !is_refused(claims, 0) {
             claims.waiting.remove(&machine);
             return Some(Step::Ask(machine));
         }
         // Clearly fewer, so that two machines do not take turns.
         let fewer = claims.restores_of(&machine) / 2;
+        let given = claims.loaded(fewer).map(|(_, held)| held.bytes).sum();
+        if is_refused(claims, given) {
+            return None;
+        }
         claims.give_back_least(fewer, "another machine with more restores needs its memory")
     }
 
@@ -102,20 +119,33 @@ impl Budget {
 }
 
 impl Claims {
-    /// Returns the waiting machine with the most restores, and the memory that it needs.
-    fn most_wanted(&self) -> Option<(String, u64)> {
-        let most = self.waiting.iter().max_by_key(|(machine, _)| self.restores_of(machine))?;
-        Some((most.0.clone(), *most.1))
+    /// Returns the waiting machines and the memory that each needs, the one with the most restores first.
+    fn most_wanted(&self) -> Vec<(String, u64)> {
+        let mut waiting: Vec<_> = self.waiting.iter().map(|(name, bytes)| (name.clone(), *bytes)).collect();
+        waiting.sort_by_key(|(machine, _)| Reverse(self.restores_of(machine)));
+        waiting
+    }
+
+    /// Returns the automatic standbys that are loaded, of machines with fewer restores than that.
+    fn loaded(&self, fewer_than: u64) -> impl Iterator<Item = (u64, &Held)> {
+        let held = self.held.iter().map(|(number, held)| (*number, held));
+        held.filter(move |(_, held)| {
+            held.is_automatic && !held.is_loading && self.restores_of(&held.machine) < fewer_than
+        })
     }
 
     /// Gives back the automatic standby with the fewest restores, if they are fewer than that. Its machine waits then.
     fn give_back_least(&mut self, fewer_than: u64, why: &'static str) -> Option<Step> {
-        let automatic = self.held.values().filter(|held| held.is_automatic);
-        let least = automatic.min_by_key(|held| self.restores_of(&held.machine))?;
-        if self.restores_of(&least.machine) >= fewer_than {
-            return None;
+        let order = |(number, held): &(u64, &Held)| {
+            (self.asked_back.contains(number), self.restores_of(&held.machine))
+        };
+        let (number, held) = self.loaded(fewer_than).min_by_key(order)?;
+        let (machine, bytes, was_asked) =
+            (held.machine.clone(), held.bytes, self.asked_back.contains(&number));
+        if was_asked {
+            self.asked_back.clear();
         }
-        let (machine, bytes) = (least.machine.clone(), least.bytes);
+        self.asked_back.insert(number);
         self.waiting.insert(machine.clone(), bytes);
         Some(Step::GiveBack(machine, why))
     }
@@ -215,10 +245,11 @@ mod tests {
         drop(lab.standbys(&[]));
         lab.wait("seldom", 1, 10);
         lab.wait("often", 3, 20);
-        assert_eq!(lab.look(RESERVE + 19), None, "the place is kept for the other one");
+        lab.wait("never", 9, 1 << 41);
         for machine in ["+often", "+seldom"] {
             assert_eq!(machine_of(lab.look(RESERVE + 20)).as_deref(), Some(machine));
         }
+        assert_eq!(lab.look(1 << 42), None, "a standby larger than the limit helps nobody");
     }
 
     #[test]
@@ -231,6 +262,24 @@ mod tests {
         assert_eq!(machine_of(lab.look(RESERVE)).as_deref(), Some("-standby"));
         drop(shares);
         assert_eq!(machine_of(lab.look(RESERVE + 10)).as_deref(), Some("+waiting"));
+    }
+
+    #[test]
+    fn standby_is_kept_when_its_memory_is_not_enough_for_the_waiting_machine() {
+        let mut lab = Lab::new();
+        let _shares = lab.standbys(&[("standby", 0)]);
+        lab.wait("large", 9, 100);
+        assert_eq!(lab.look(RESERVE + 80), None);
+        assert_eq!(machine_of(lab.look(RESERVE + 90)).as_deref(), Some("-standby"));
+    }
+
+    #[test]
+    fn next_machine_gives_back_when_one_does_not() {
+        let mut lab = Lab::new();
+        let _shares = lab.standbys(&[("busy", 0), ("other", 1)]);
+        for machine in ["-busy", "-other", "-busy"] {
+            assert_eq!(machine_of(lab.look(0)).as_deref(), Some(machine));
+        }
     }
 
     #[test]

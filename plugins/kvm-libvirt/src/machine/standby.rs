@@ -145,9 +145,17 @@ impl Machine {
     /// libvirt cannot end the standby; another action is under way.
     pub(super) fn give_back(&self, why: &str, deadline: Deadline) -> Result<()> {
         let take = |state: &mut MachineState| Ok(state.standby.take());
+        if self.connection.is_away() {
+            return Err(Error::environment("libvirt is away"));
+        }
         let begun = self.work.begin(Operation::Discarding, Deadline::after(Duration::ZERO), take)?;
-        let (_discarding, Some(_standby)) = begun else { return Ok(()) };
+        let (_discarding, Some(mut standby)) = begun else { return Ok(()) };
         let ended = self.end_standby(deadline);
+        if ended.is_err() {
+            // Its QEMU still has the memory.
+            standby.unusable = Some(why.to_owned());
+            self.lock().standby = Some(standby);
+        }
         self.report_no_standby(why);
         ended
     }
