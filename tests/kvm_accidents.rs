@@ -162,8 +162,10 @@ fn action_waits_when_libvirtd_restarts() {
 #[test]
 fn machine_restores_again_when_libvirtd_died_during_a_restore() {
     for (instant, opened) in [("off", "disk.qcow2"), ("on", "lab-m_disposable.qcow2")] {
-        let mut fixture =
-            KvmFixture::new(&[MICRO], &format!("machineries: {{kvm: {{instant: {instant}}}}}\n"));
+        let mut fixture = KvmFixture::new(
+            &[MICRO],
+            &format!("machineries: {{kvm: {{instant: {instant}, standby: off}}}}\n"),
+        );
         fixture.act("prepare");
         restore_while_libvirtd_dies(&mut fixture, opened);
         fixture.finish();
@@ -285,7 +287,7 @@ fn action_times_out_when_libvirtd_hangs() {
 #[test]
 fn run_is_adopted_by_the_next_host_when_its_host_was_killed() {
     for instant in ["off", "on"] {
-        let yaml = format!("machineries: {{kvm: {{instant: {instant}}}}}\n");
+        let yaml = format!("machineries: {{kvm: {{instant: {instant}, standby: off}}}}\n");
         let mut fixture = KvmFixture::new(&[MICRO], &yaml);
         let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
         assert_eq!(fixture.client.ask(lock).unwrap()["success"], true);

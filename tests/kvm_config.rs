@@ -142,7 +142,8 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
 fn old_key_works_and_warns_once_in_check_and_at_load() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     let folder = lab.cwd().root().join("images");
-    let keys = format!("save_images: on, save_dir: {}, standby_memory: 1 GiB", folder.display());
+    let keys =
+        format!("standby: off, save_images: on, save_dir: {}, standby_memory: 1 GiB", folder.display());
     lab.cwd().host_yaml(&format!("machineries: {{kvm: {{{keys}}}}}\n")).unwrap();
     let (code, output) = checked(&lab);
     assert_eq!(code, Some(0));

@@ -172,7 +172,7 @@ fn host_prepares_automatically_when_the_operator_has_taken_a_new_snapshot() {
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_ends() {
     for disabled in [false, true] {
-        let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off}}\n"));
+        let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off, standby: off}}\n"));
         if disabled {
             fixture.act("disable_machine");
         }
@@ -198,7 +198,7 @@ fn host_leaves_a_run_by_hand_alone_when_it_ends() {
 /// A try would discard the work on the disk.
 #[test]
 fn host_leaves_a_machine_in_quarantine_alone_when_an_operator_has_started_it() {
-    let usual = "machineries: {kvm: {instant: off}}\n";
+    let usual = "machineries: {kvm: {instant: off, standby: off}}\n";
     let mut fixture = KvmFixture::of(lab(&format!("timeouts: {{restore_start: 0.001}}\n{usual}")));
     // There is no try before the end of the lock.
     let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
@@ -237,7 +237,7 @@ fn host_ends_its_own_run_when_the_machine_was_disabled_meanwhile() {
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
     // The creation of a save image takes an id, too.
-    let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off}}\n"));
+    let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off, standby: off}}\n"));
     fixture.restore();
     let id = fixture.virsh(&["domid", "lab-m"]);
     fixture.host.kill().unwrap();

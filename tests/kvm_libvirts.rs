@@ -30,7 +30,8 @@ impl Served {
     /// Serves `a` and `a2` of one libvirt, and `b` of another. With a single permit for each of them.
     fn new(host_yaml: &str) -> Self {
         let lab = KvmLab::with_two_libvirts(&FIRST, &SECOND).unwrap();
-        lab.cwd().host_yaml(&format!("max_parallel_restores: 1\n{host_yaml}")).unwrap();
+        let standby_off = "machineries: {kvm: {standby: off}}";
+        lab.cwd().host_yaml(&format!("max_parallel_restores: 1\n{standby_off}\n{host_yaml}")).unwrap();
         Served::of(lab)
     }
 
