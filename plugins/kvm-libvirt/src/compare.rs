@@ -105,11 +105,12 @@ pub struct Described {
 }
 
 impl Described {
-    /// Describes the machine's domain; `None` if libvirt cannot.
+    /// Describes the machine's domain without the overlays of a run, whose headers that run can rewrite; `None` if libvirt
+    /// cannot.
     pub fn of(connect: &Connect, dsn: &str, info: &MachineInfo) -> Option<Described> {
         let domain = domain::domain(connect, &info.label).ok()?;
         let uuid = domain::uuid(&domain).ok()?;
-        let description = is_local(dsn).then(|| domain::described(&domain)).transpose().ok()?;
+        let description = is_local(dsn).then(|| domain::defined(&domain)).transpose().ok()?;
         Some(Described { machine: info.name.clone(), dsn: dsn.to_owned(), uuid, description })
     }
 }
