@@ -21,7 +21,6 @@ use sha2::{Digest, Sha256};
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 const IMAGES: &str = "machineries: {kvm: {instant: on, standby: off}}\n";
-const OVERLAY: &str = "lab-m_disposable.qcow2";
 /// A user that no process has; Debian gives QEMU this number.
 const QEMU_USER: u32 = 64055;
 
@@ -35,6 +34,11 @@ fn content(file: &Path) -> Content {
 
 fn disk(lab: &KvmLab) -> PathBuf {
     lab.machine("m").disk.clone()
+}
+
+/// Returns the name of the overlay.
+fn overlay(lab: &KvmLab) -> String {
+    lab.machine("m").overlay.file_name().unwrap().to_str().unwrap().to_owned()
 }
 
 /// Makes the machine's save image.
@@ -127,7 +131,7 @@ fn next_run_is_at_the_snapshot_when_a_run_has_rewritten_its_overlay() {
     let before = content(&disk);
     for action in ["restore_start", "norestore_start", "restore_start"] {
         fixture.act(action);
-        let overlay = disk.with_file_name(OVERLAY);
+        let overlay = fixture.lab.machine("m").overlay.clone();
         let header = fs::read(&overlay).unwrap();
         let (own, evil) = (disk.to_str().unwrap().as_bytes(), evil.to_str().unwrap().as_bytes());
         let at = header.windows(own.len()).position(|part| part == own).unwrap();
@@ -193,7 +197,9 @@ fn run_has_an_overlay_of_each_disk_over_its_own_chain() {
     for action in ["restore_start", "norestore_start", "restore_start"] {
         fixture.act(action);
         let disks = fixture.virsh(&["domblklist", "lab-m"]);
-        assert!(disks.contains(OVERLAY) && disks.contains("lab-m_disposable_2.qcow2"), "{action}: {disks}");
+        let overlay = overlay(&fixture.lab);
+        let second = overlay.replace(".qcow2", "_2.qcow2");
+        assert!(disks.contains(&overlay) && disks.contains(&second), "{action}: {disks}");
         qemu_io(&fixture, "ide0-0-1", "read -P 0x11 0 64k");
         for device in ["ide0-0-0", "ide0-0-1"] {
             qemu_io(&fixture, device, "write -P 0x5a 0 1M");
@@ -219,7 +225,7 @@ fn overlays_are_made_in_the_configured_folder() {
     for action in ["restore_start", "norestore_start"] {
         fixture.act(action);
         let disks = fixture.virsh(&["domblklist", "lab-m"]);
-        assert!(disks.contains(folder.join(OVERLAY).to_str().unwrap()), "{action}: {disks}");
+        assert!(disks.contains(folder.join(overlay(&fixture.lab)).to_str().unwrap()), "{action}: {disks}");
         fixture.act("stop");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 0, "{action}");
     }
@@ -228,7 +234,7 @@ fn overlays_are_made_in_the_configured_folder() {
     assert_eq!(fixture.client.ask(json!({"action": "reload"})).unwrap()["success"], true);
     prepare(&mut fixture);
     fixture.restore();
-    assert!(disk(&fixture.lab).with_file_name(OVERLAY).exists());
+    assert!(fixture.lab.machine("m").overlay.exists());
     fixture.act("stop");
     fixture.finish();
 }
@@ -243,7 +249,7 @@ fn restore_advises_what_to_do_when_the_current_snapshot_is_of_a_run() {
     fixture.virsh(&["snapshot-create-as", "lab-m", "op"]);
     fixture.act("stop");
     let reason = fixture.ask_refused(json!({"action": "restore_start", "machine": "m"}));
-    assert!(reason.contains(OVERLAY) && reason.contains("virsh snapshot-delete"), "{reason}");
+    assert!(reason.contains(&overlay(&fixture.lab)) && reason.contains("virsh snapshot-delete"), "{reason}");
     let checked = fixture.lab.run(&["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("virsh snapshot-delete"), "{}", checked.stdout);
     // The operator takes the advice.

@@ -18,6 +18,7 @@
 //! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |
 //! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
 //! | [`files`] | files that are replaced atomically, locks, free space |
+//! | [`hash`] | a hash that is the same in every build |
 //! | [`jail`] | the confinement of a hypervisor's process |
 //! | [`cell`] | the isolated network of one run |
 //! | `output` | [`Output`]: the file of a dump or a screenshot, which appears only when it is complete |
@@ -40,7 +41,7 @@ pub mod cell;
 pub mod concurrent;
 pub mod elf;
 pub mod files;
-mod hash;
+pub mod hash;
 mod intake;
 pub mod jail;
 mod machine_set;

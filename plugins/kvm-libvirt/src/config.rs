@@ -5,12 +5,14 @@
 //! are equal is unchanged.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, renamed_keys, text,
 };
 use machinery::{Error, MachineInfo, Result, Setup};
+use machinery_backend::hash::fnv1a;
 use machinery_backend::{MachineKeys, Standby, expect_overlay_folder};
 use serde::Deserialize;
 
@@ -140,6 +142,7 @@ impl MachineKeys for Keys {
     fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         let mut unique = self.info.unique();
         unique.push(("label", Some(&self.domain)));
+        unique.push(("overlay", self.image.overlay().to_str()));
         unique
     }
 }
@@ -172,7 +175,7 @@ impl Config {
             let info = MachineInfo::new(name, &machine.shared, own.label, own.snapshot, &file.interface);
             let hypervisor = Some(dsn.to_owned()).filter(|dsn| *dsn != file.dsn);
             let info = MachineInfo { console: section.has_console(name), hypervisor, ..info };
-            let overlay = file.overlay_of(&info);
+            let overlay = file.overlay_of(&info.label, dsn);
             let image = Image::of(name, instant_at(dsn), &instant_dir, overlay).of_host(dsn::host(dsn));
             let (domain, dsn) = (format!("{} at {dsn}", info.label), dsn.to_owned());
             Keys { info, dsn, domain, standby: section.standby_of(name), image }
@@ -214,12 +217,12 @@ pub fn renamed_keys_of(setup: &Setup) -> Vec<String> {
 
 impl KvmFile {
     /// Returns the overlay of a domain's first disk: its path, or only its name if it lies beside that disk. A label is
-    /// unique in its libvirt, and a machine's name only in its host.
-    fn overlay_of(&self, info: &MachineInfo) -> PathBuf {
-        let (label, name) = (&info.label, &info.name);
-        let file = match info.hypervisor {
-            None => format!("{label}_disposable.qcow2"),
-            Some(_) => format!("{label}_{name}_disposable.qcow2"),
+    /// unique in its libvirt, so the name of any other than this computer's own has a hash of the address. Hosts of two
+    /// libvirts may use one folder.
+    fn overlay_of(&self, label: &str, dsn: &str) -> PathBuf {
+        let file = match dsn == local() {
+            true => format!("{label}_disposable.qcow2"),
+            false => format!("{label}_{:016x}_disposable.qcow2", fnv1a([OsStr::new(dsn)])),
         };
         self.disposable_copy_dir.clone().unwrap_or_default().join(file)
     }
@@ -430,7 +433,8 @@ mod tests {
         let [a, b] = &config.machines[..] else { panic!("not two machines") };
         assert_eq!((a.dsn.as_str(), b.dsn.as_str()), ("qemu+ssh://lab/system", "qemu:///system"));
         assert_eq!((&a.info.hypervisor, b.info.hypervisor.as_deref()), (&None, Some("qemu:///system")));
-        assert_eq!(b.image.overlay(), Path::new("x_b_disposable.qcow2"));
+        assert_eq!(a.image.overlay(), Path::new("x_444d4355094bdf85_disposable.qcow2"));
+        assert_eq!(b.image.overlay(), Path::new("x_disposable.qcow2"));
         assert!(a.image.is_off() && !b.image.is_off() && config.image_folder().is_some());
         assert_eq!(config.dsns(), ["qemu+ssh://lab/system", "qemu:///system"]);
         let unique =

@@ -6,10 +6,12 @@
 //! <scratch>/cwd/libvirt/                      all files of libvirtd
 //! ```
 
+use std::ffi::OsStr;
 use std::fs;
 use std::ops::Deref;
 use std::path::PathBuf;
 
+use machinery_backend::hash::fnv1a;
 use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
@@ -42,6 +44,8 @@ pub struct KvmMachine {
     pub label: String,
     /// Its disk, with its snapshot inside.
     pub disk: PathBuf,
+    /// The overlay of its disk, which exists during a run.
+    pub overlay: PathBuf,
     /// Its guest, as far as a test can reach it.
     pub probe: GuestProbe,
 }
@@ -95,7 +99,9 @@ impl KvmLab {
             serial: dir.join("serial.log"),
         };
         let disk = libvirt::master(&Qemu::find()?, guest)?.define(libvirtd, label, &probe)?;
-        Ok(KvmMachine { label: label.to_owned(), disk, probe })
+        let libvirt = fnv1a([OsStr::new(&libvirtd.dsn())]);
+        let overlay = disk.with_file_name(format!("{label}_{libvirt:016x}_disposable.qcow2"));
+        Ok(KvmMachine { label: label.to_owned(), disk, overlay, probe })
     }
 
     /// Returns the CWD.
