@@ -4,11 +4,11 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::Duration;
 
 use machinery::{Error, Result};
-use rustix::fs::statvfs;
+use rustix::fs::{Mode, OFlags, open, statvfs};
 use serde::Serialize;
 
 /// Writes a record to a file. At any time the file has either its old content or the complete new one.
@@ -62,6 +62,22 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
+/// Removes a file, if it exists. A thread of its own frees the file's space: for a large file in many pieces the kernel
+/// takes seconds. If the process ends first, the kernel frees the space as well.
+///
+/// # Errors
+/// As [`remove`].
+pub fn remove_large(path: &Path) -> Result<()> {
+    // A file that is open keeps its space.
+    let held = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+    remove(path)?;
+    if let Ok(held) = held {
+        // Without a thread, the space is freed here.
+        drop(thread::Builder::new().name("free-space".to_owned()).spawn(move || drop(held)));
+    }
+    Ok(())
+}
+
 /// Returns the space that is free for this user on the file system of `path`, in bytes. Source: statvfs(3).
 ///
 /// # Errors
@@ -106,6 +122,21 @@ impl HostLock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_file_is_gone_at_once_and_a_link_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "x").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        remove_large(&link).unwrap();
+        assert!(file.exists() && fs::symlink_metadata(&link).is_err());
+        for _ in 0..2 {
+            remove_large(&file).unwrap();
+            assert!(!file.exists());
+        }
+        assert!(remove_large(folder.path()).is_err());
+    }
 
     #[test]
     fn record_replaces_the_old_one_and_leaves_no_other_file() {

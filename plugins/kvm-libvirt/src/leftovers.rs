@@ -126,7 +126,7 @@ impl RunMarker {
     /// Removes the overlays: the domain has been ended, and is started again without them.
     pub fn remove_overlays(&self) {
         let Some(run) = self.read().filter(|run| !run.overlays.is_empty()) else { return };
-        for error in run.overlays.iter().filter_map(|overlay| files::remove(overlay).err()) {
+        for error in run.overlays.iter().filter_map(|overlay| files::remove_large(overlay).err()) {
             tracing::warn!(%error, "an overlay remains");
         }
         for error in run.owners.iter().filter_map(|owner| owner.give_back().err()) {
@@ -207,6 +207,23 @@ impl RunMarker {
         }
         self.remove();
         Ok(())
+    }
+
+    /// Keeps the marker of a run at another libvirt than the machine's under another name: only that libvirt knows whether
+    /// the run goes on. A later host finds it among the [`orphans`](Self::orphans).
+    ///
+    /// # Errors
+    /// The file cannot be written. The marker stays then.
+    pub fn set_aside_if_elsewhere(&self) -> Result<()> {
+        let Some(run) = self.read().filter(|run| run.dsn.is_some() && run.dsn != self.dsn) else {
+            return Ok(());
+        };
+        let machine = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        let aside = self.path.with_file_name(format!("{machine}@{}{SUFFIX}", run.token));
+        files::replace_json(&aside, &run)?;
+        tracing::warn!(marker = %aside.display(), dsn = run.dsn, "a run at another libvirt may go on: a later host ends it");
+        *lock(&self.run) = None;
+        files::remove(&self.path)
     }
 
     /// Returns the markers in that folder whose runs are of no machine: `dsn_of` returns the address of a machine's libvirt.
@@ -360,6 +377,31 @@ mod tests {
             RunMarker::orphans(folder.path(), known).iter().map(|marker| marker.recorded_dsn()).collect();
         found.sort();
         assert_eq!(found, [None, Some("x:///old".to_owned())]);
+    }
+
+    #[test]
+    fn marker_of_a_run_at_another_libvirt_is_kept_under_another_name() {
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let marker = |dsn| RunMarker::of("m", folder.path()).of_libvirt(dsn);
+        let domain = started(&connect, "elsewhere");
+        let (old, new) = (marker("x:///old"), marker("x:///new"));
+        old.begin(&domain).unwrap();
+        old.set_aside_if_elsewhere().unwrap();
+        assert!(old.exists(), "it is the machine's own libvirt");
+        let overlay = folder.path().join("m_disposable.qcow2");
+        fs::write(&overlay, "").unwrap();
+        old.set_overlays(vec![overlay.clone()], Vec::new());
+        new.set_aside_if_elsewhere().unwrap();
+        assert!(!new.exists() && overlay.exists());
+        new.begin(&domain).unwrap();
+        let known = |name: &str| (name == "m").then(|| "x:///new".to_owned());
+        let orphans = RunMarker::orphans(folder.path(), known);
+        let [left] = &orphans[..] else { panic!("{orphans:?}") };
+        assert_eq!(left.recorded_dsn().as_deref(), Some("x:///old"));
+        domain.destroy().unwrap();
+        left.end_run_elsewhere(&connect, None).unwrap();
+        assert!(!left.exists() && !overlay.exists() && new.exists());
     }
 
     #[test]

@@ -89,7 +89,10 @@ impl Machine {
             let before = self.lock().end_count;
             let ended = domain::destroy(domain)?;
             self.after_standby_end(ended, before, Deadline::after(END_EVENT_TIMEOUT));
-        } else if !domain.is_active().unwrap_or(true) {
+            return Ok(());
+        }
+        self.marker.set_aside_if_elsewhere()?;
+        if !domain.is_active().unwrap_or(true) {
             // The marked run has ended, and a later run is not ours.
             self.remove_marker();
         }

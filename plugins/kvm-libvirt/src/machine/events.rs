@@ -4,8 +4,9 @@
 //! host gets it as a change by itself. While a start is under way its events are steps of the start.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use machinery::State;
+use machinery::{Deadline, State};
 use machinery_backend::Operation;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -15,6 +16,9 @@ use super::state::{Activity, is_hidden};
 use crate::domain;
 use crate::events::Event;
 use crate::states::{StateReport, is_end, is_revert_step, is_save, is_start, state_of_event};
+
+/// The time that libvirt has to report the state of a domain whose end is in doubt.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Machine {
     /// Handles an event of the machine's domain.
@@ -30,7 +34,12 @@ impl Machine {
         }
         let is_foreign = operation == Operation::Idle && !hidden && !state.has_run;
         state.was_saved |= is_save(&event) && state.run_disks.is_some();
+        state.awaits_start &= !is_start(&event);
+        let may_be_late = state.awaits_start && state.has_run && operation == Operation::Idle && !hidden;
         drop(state);
+        if may_be_late && is_end(&event) {
+            return self.on_doubtful_end(report);
+        }
         if is_foreign && is_start(&event) {
             self.on_foreign_start();
         }
@@ -55,6 +64,32 @@ impl Machine {
         } else {
             self.signal_end();
             self.report(operation, report);
+        }
+    }
+
+    /// Handles an end before the event of the run's start: it may be that of an earlier run. Only libvirt knows that, which a
+    /// thread of its own asks.
+    fn on_doubtful_end(self: &Arc<Self>, report: StateReport) {
+        let machine = Arc::clone(self);
+        let asked = self.connection.calls().start(move || {
+            machine.end_if_off(report);
+            Ok(())
+        });
+        if let Err(error) = asked {
+            tracing::error!(machine = self.name(), %error, "an end of the domain is not handled");
+        }
+    }
+
+    fn end_if_off(&self, report: StateReport) {
+        let before = self.activity();
+        match self.query_state(Deadline::after(LOOK_TIMEOUT)) {
+            // An action came meanwhile, and its outcome is newer.
+            _ if self.activity() != before => {}
+            Ok((State::Poweroff, _)) => self.on_end(before.operation, report),
+            Ok(_) => tracing::debug!(machine = self.name(), "a late end of an earlier run"),
+            Err(error) => {
+                tracing::warn!(machine = self.name(), %error, "an end is reported, but the domain's state is unknown");
+            }
         }
     }
 
@@ -88,8 +123,11 @@ impl Machine {
 
     /// Handles the loss of the connection: the events of the domain are lost until it is back.
     pub fn on_connection_lost(&self, why: &str) {
-        // No event reports meanwhile that somebody starts the domain.
-        self.lock().only_own_runs = false;
+        // No event reports meanwhile that somebody starts the domain, or that its own start is done.
+        {
+            let mut state = self.lock();
+            (state.only_own_runs, state.awaits_start) = (false, false);
+        }
         if self.has_run() {
             self.report_state(State::Error, why);
         }
@@ -233,6 +271,26 @@ mod tests {
         drop(starting);
         lab.machine.on_end(Operation::Idle, (State::Poweroff, String::new()));
         assert!(!lab.machine.marker.exists() && !lab.machine.has_run());
+    }
+
+    /// The event was read after the next start has returned.
+    #[test]
+    fn late_end_of_an_earlier_run_does_not_close_the_run_that_has_started() {
+        let lab = MachineLab::new("events-later");
+        lab.run();
+        lab.machine.lock().awaits_start = true;
+        lab.machine.end_if_off((State::Poweroff, String::new()));
+        assert!(lab.machine.has_run() && lab.machine.marker.exists() && lab.host.changes().is_empty());
+        lab.machine.on_event(destroyed());
+        lab.machine.on_event(started());
+        assert!(lab.machine.has_run() && lab.machine.marker.exists());
+        assert!(!lab.machine.lock().awaits_start);
+        lab.domain.domain.destroy().unwrap();
+        let before = lab.machine.lock().end_count;
+        lab.machine.lock().awaits_start = true;
+        lab.machine.on_event(destroyed());
+        assert!(lab.machine.wait_for_end(before, soon()), "the event was that of this run");
+        assert!(!lab.machine.has_run() && !lab.machine.marker.exists());
     }
 
     #[test]

@@ -59,9 +59,12 @@ impl Machine {
     /// # Errors
     /// As [`find`](Machine::find); the run does not end.
     pub fn end_leftover_run(&self, connect: &Connect) -> Result<()> {
-        let Some(domain) = self.find(connect)? else {
-            return self.marker.end_run_elsewhere(connect, None);
-        };
+        let found = self.find(connect)?;
+        let is_own = found.as_ref().map_or(Ok(false), |domain| self.marker.matches(domain));
+        if !is_own.map_err(|error| error.machine(self.name()))? {
+            self.marker.set_aside_if_elsewhere()?;
+        }
+        let Some(domain) = found else { return self.marker.end_run_elsewhere(connect, None) };
         let uuid = domain::uuid(&domain)?;
         self.marker.end_run_elsewhere(connect, Some(&uuid))?;
         if self.marker.matches(&domain).map_err(|error| error.machine(self.name()))? {
@@ -81,7 +84,10 @@ impl Machine {
 
     /// Records that the domain is about to be started.
     pub(super) fn begin_marker(&self, domain: &Domain) -> Result<()> {
-        self.lock().was_saved = false;
+        {
+            let mut state = self.lock();
+            (state.was_saved, state.awaits_start) = (false, true);
+        }
         self.marker.begin(domain)
     }
 

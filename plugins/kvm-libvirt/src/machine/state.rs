@@ -18,6 +18,8 @@ pub struct MachineState {
     pub left_run: Option<u32>,
     /// The number of ends of runs that libvirt has reported.
     pub end_count: u64,
+    /// True from the start of a run until the event of that start. Until then the event of an end may be of an earlier run.
+    pub awaits_start: bool,
     /// The last event of the start under way.
     pub start_event: Option<StateReport>,
     /// A start or a preparation that timed out, until it returns.
@@ -44,6 +46,10 @@ pub struct MachineState {
     pub image_disabled: Option<String>,
     /// The number of save images whose creation was cancelled.
     pub cancelled_images: u32,
+    /// The number of save images in a row that have failed at a restore.
+    pub failed_images: u32,
+    /// Why the next run writes to the domain's own disk, if it is known to do so.
+    pub own_disk: Option<String>,
 }
 
 impl MachineState {
