@@ -28,7 +28,7 @@ use virt::domain::Domain;
 use virt_sys as sys;
 
 use super::overlaid::Owner;
-use super::save;
+use super::save::{self, Format};
 use super::source::Source;
 use crate::access::Access;
 use crate::domain::{self, max_memory};
@@ -145,9 +145,7 @@ impl Image {
 
     /// Reports whether there is an image of that origin, which only trusted users could have changed.
     pub fn has_origin(&self, source: &Source) -> bool {
-        let origin = fs::read_to_string(&self.origin_file);
-        let has_origin = origin.is_ok_and(|origin| origin.starts_with(&source.origin));
-        has_origin && self.file.exists() && self.is_trusted()
+        self.described().starts_with(&source.origin) && self.file.exists() && self.is_trusted()
     }
 
     /// Reports whether a new image would be better: with this one, libvirt gives the disks to QEMU's user, who can read them
@@ -161,7 +159,15 @@ impl Image {
 
     /// Returns the owner of the disks during a run from the image.
     pub fn owner(&self, source: &Source) -> Owner {
-        source.owner_in(&fs::read_to_string(&self.origin_file).unwrap_or_default())
+        source.owner_in(&self.described())
+    }
+
+    fn format(&self, source: &Source) -> Format {
+        source.format_in(&self.described())
+    }
+
+    fn described(&self) -> String {
+        fs::read_to_string(&self.origin_file).unwrap_or_default()
     }
 
     fn is_trusted(&self) -> bool {
@@ -216,8 +222,30 @@ impl Image {
         let xml = source.overlaid(&xml, owner)?;
         // From here on there may be an unfinished image, which `remove` deletes.
         self.write_origin(UNFINISHED)?;
-        save::save(&paused, file, &xml, source.format)?;
-        self.write_origin(&source.state(owner)?)
+        let format = self.save(&paused, file, &xml, source.format, cancellation)?;
+        self.write_origin(&source.state(owner, format)?)
+    }
+
+    /// Saves the paused domain, and returns the format. The version of the domain's own QEMU is known to libvirt alone: it
+    /// refuses a sparse file if that QEMU is too old.
+    fn save(
+        &self,
+        paused: &Domain,
+        file: &str,
+        xml: &str,
+        best: Format,
+        cancellation: &Cancellation,
+    ) -> Result<Format> {
+        match save::save(paused, file, xml, best) {
+            Err(error) if best == Format::Sparse && paused.is_active().unwrap_or(false) => {
+                cancellation.ensure_wanted()?;
+                tracing::warn!(file, %error, "no sparse save image can be made, so another one is");
+                files::remove(&self.file)?;
+                save::save(paused, file, xml, Format::Raw)?;
+                Ok(Format::Raw)
+            }
+            saved => saved.map(|()| best),
+        }
     }
 
     /// Reverts the domain's disks to the snapshot, if somebody has written to them. The domain is off.
@@ -225,14 +253,15 @@ impl Image {
     /// # Errors
     /// qemu-img fails.
     pub fn revert_disks(&self, source: &Source, snapshot: &Snapshot) -> Result<()> {
-        let owner = self.owner(source);
-        if fs::read_to_string(&self.origin_file).is_ok_and(|known| Ok(known) == source.state(owner)) {
+        let (owner, format) = (self.owner(source), self.format(source));
+        let known = self.described();
+        if source.state(owner, format).is_ok_and(|state| state == known) {
             return Ok(());
         }
         // From here on their state is unknown, until they are reverted.
-        self.write_origin(&source.origin)?;
+        self.write_origin(&source.state_of_unknown_disks(owner, format))?;
         source.disks.revert_to(&snapshot.identity.name)?;
-        self.write_origin(&source.state(owner)?)
+        self.write_origin(&source.state(owner, format)?)
     }
 
     fn write_origin(&self, text: &str) -> Result<()> {
@@ -246,7 +275,7 @@ impl Image {
     /// # Errors
     /// The domain cannot be started. It may be in any state then.
     pub fn restore(&self, connect: &Connect, source: &Source) -> Result<()> {
-        save::restore_paused(connect, self.path_text()?, source.format)
+        save::restore_paused(connect, self.path_text()?, self.format(source))
     }
 
     /// Removes the image, if there is one. A file without a description is somebody else's.

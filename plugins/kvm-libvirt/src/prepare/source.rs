@@ -19,6 +19,8 @@ use crate::errors::explain;
 use crate::files::Identity;
 use crate::snapshot::Snapshot;
 
+/// The line of an image in QEMU's stream, because the domain's QEMU makes no other one.
+const RAW: &str = "saved raw\n";
 /// The line of an image whose disks keep their owner.
 const KEPT: &str = "owner kept\n";
 
@@ -29,9 +31,10 @@ pub struct Source {
     pub has_tpm: bool,
     /// The disks, each with its overlay.
     pub overlays: Vec<Overlaid>,
+    /// The best format of that libvirt. The domain's own QEMU may be older.
     pub(super) format: Format,
-    /// The description of the origin. An image is valid if its own is equal. In the file, the owner and
-    /// the identity of the disks follow.
+    /// The description of the origin. An image is valid if its own is equal. In the file, the format if it is not the best
+    /// one, the owner and the identity of the disks follow.
     pub(super) origin: String,
 }
 
@@ -133,14 +136,27 @@ impl Source {
     }
 
     /// Returns the content of the file that describes the origin: the disks are at the snapshot.
-    pub(super) fn state(&self, owner: Owner) -> Result<String> {
+    pub(super) fn state(&self, owner: Owner, format: Format) -> Result<String> {
+        Ok(self.state_of_unknown_disks(owner, format) + &self.disks.identity()?)
+    }
+
+    /// Returns the content while the disks may not be at the snapshot.
+    pub(super) fn state_of_unknown_disks(&self, owner: Owner, format: Format) -> String {
+        let format = if format == self.format { "" } else { RAW };
         let owner = if owner == Owner::Kept { KEPT } else { "" };
-        Ok(format!("{}{owner}{}", self.origin, self.disks.identity()?))
+        format!("{}{format}{owner}", self.origin)
+    }
+
+    /// Returns the format that such a content records.
+    pub(super) fn format_in(&self, content: &str) -> Format {
+        let is_raw = content.strip_prefix(&self.origin).is_some_and(|state| state.starts_with(RAW));
+        if is_raw { Format::Raw } else { self.format }
     }
 
     /// Returns the owner of the disks that such a content records.
     pub(super) fn owner_in(&self, content: &str) -> Owner {
-        let is_kept = content.strip_prefix(&self.origin).is_some_and(|state| state.starts_with(KEPT));
+        let state = content.strip_prefix(&self.origin).unwrap_or_default();
+        let is_kept = state.strip_prefix(RAW).unwrap_or(state).starts_with(KEPT);
         if is_kept { Owner::Kept } else { Owner::Qemu }
     }
 
@@ -150,5 +166,45 @@ impl Source {
     /// An overlay cannot be made. Then there is none.
     pub fn make_overlays(&self, templates: &OverlayTemplates) -> Result<()> {
         make_overlays(templates, &self.overlays)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::description::Description;
+
+    #[test]
+    fn content_records_owner_and_format_whether_the_disks_are_at_the_snapshot_or_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("disk");
+        std::fs::write(&disk, "x").unwrap();
+        let xml = format!(
+            "<domain><devices><disk type='file' device='disk'><driver type='qcow2'/><source file='{}'/></disk>\
+             </devices></domain>",
+            disk.display()
+        );
+        let disks = Disks::of(&Description::read(&xml).unwrap()).unwrap();
+        let source = Source {
+            disks,
+            has_tpm: false,
+            overlays: Vec::new(),
+            format: Format::Sparse,
+            origin: "origin\n".to_owned(),
+        };
+        for owner in [Owner::Kept, Owner::Qemu] {
+            for format in [Format::Sparse, Format::Raw] {
+                let unknown = source.state_of_unknown_disks(owner, format);
+                for content in [source.state(owner, format).unwrap(), unknown] {
+                    assert!(content.starts_with(&source.origin));
+                    assert_eq!(
+                        (source.owner_in(&content), source.format_in(&content)),
+                        (owner, format),
+                        "{content}"
+                    );
+                }
+            }
+        }
+        assert_eq!((source.owner_in(""), source.format_in("")), (Owner::Qemu, Format::Sparse));
     }
 }
