@@ -70,6 +70,19 @@ fn overlays(fixture: &KvmFixture) -> Vec<String> {
     names.filter(|name| name.contains("disposable")).collect()
 }
 
+/// Returns the name of the overlay of a run.
+fn overlay(fixture: &KvmFixture) -> String {
+    fixture.lab.machine("m").overlay.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+/// Expects that the run under way writes to the domain's own disk, and that the readiness says so.
+#[track_caller]
+fn assert_own_disk(fixture: &mut KvmFixture, mode: &str) {
+    let ready = fixture.readiness();
+    let reason = ready["reason"].as_str().unwrap();
+    assert!(ready["mode"] == mode && reason.contains("runs write to the domain's own disk: "), "{ready}");
+}
+
 fn disk_content(fixture: &KvmFixture) -> Vec<u8> {
     fs::read(&fixture.lab.machine("m").disk).unwrap()
 }
@@ -161,9 +174,9 @@ fn run_has_an_overlay_until_its_end_and_the_domain_its_definition() {
     let defined = fixture.virsh(&definition);
     for action in ["restore_start", "norestore_start"] {
         fixture.act(action);
-        assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"], "{action}");
+        assert_eq!(overlays(&fixture), [overlay(&fixture)], "{action}");
         let written = fixture.virsh(&["domblklist", "lab-m"]);
-        assert!(written.contains("lab-m_disposable.qcow2") && !written.contains(&own), "{action}: {written}");
+        assert!(written.contains(&overlay(&fixture)) && !written.contains(&own), "{action}: {written}");
         assert_eq!(fixture.virsh(&definition), defined, "{action}");
         let output = qemu_io(&fixture, "write -P 0x5a 64k 512");
         assert!(!output.contains("wrote"), "{action}: QEMU has not locked the disk: {output}");
@@ -184,10 +197,10 @@ fn overlay_of_a_killed_host_is_removed_with_its_run() {
         if ends_before {
             fixture.virsh(&["destroy", "lab-m"]);
         }
-        assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"]);
+        assert_eq!(overlays(&fixture), [overlay(&fixture)]);
         fixture = KvmFixture::of(fixture.lab);
         if !ends_before {
-            assert_eq!(overlays(&fixture), ["lab-m_disposable.qcow2"], "the run is adopted");
+            assert_eq!(overlays(&fixture), [overlay(&fixture)], "the run is adopted");
             fixture.act("stop");
         }
         assert_eq!(overlays(&fixture), [""; 0], "{ends_before}; {}", fixture.host.log());
@@ -225,6 +238,7 @@ fn image_is_replaced_when_snapshot_or_domain_change() {
     fixture.lab.libvirtd().virsh_with_file(&["define"], &changed, &[]).unwrap();
     fixture.act("restore_start");
     assert_eq!(restores(&fixture), (before.0, before.1 + 1), "{}", fixture.host.log());
+    assert_own_disk(&mut fixture, "plain");
     fixture.act("stop");
     prepare_image(&mut fixture);
     fixture.finish();
@@ -258,16 +272,51 @@ fn image_is_not_made_when_the_snapshot_has_other_disks_than_the_domain() {
 #[test]
 fn restore_falls_back_to_a_revert_when_the_image_is_broken() {
     let mut fixture = with_image();
-    fs::write(image(&fixture), "no save image").unwrap();
+    for time in 1..=3 {
+        fs::write(image(&fixture), "no save image").unwrap();
+        fixture.restore();
+        assert_own_disk(&mut fixture, "plain");
+        fixture.act("stop");
+        // Three in a row are the last ones.
+        if time < 3 {
+            prepare_image(&mut fixture);
+        }
+    }
+    assert_eq!(restores(&fixture), (0, 3), "{}", fixture.host.log());
+    fixture.act("prepare");
+    assert_own_disk(&mut fixture, "plain");
+    assert!(fixture.readiness()["reason"].as_str().unwrap().contains("image has failed"));
     fixture.restore();
     fixture.act("stop");
+    fixture.finish();
+}
+
+/// The run would write to the domain's own disk.
+#[test]
+fn start_fails_and_the_image_is_kept_when_no_overlay_can_be_made() {
+    let mut fixture = with_image();
+    let overlay = fixture.lab.machine("m").overlay.clone();
+    for action in ["restore_start", "norestore_start"] {
+        fs::create_dir(&overlay).unwrap();
+        let reason = fixture.ask_refused(json!({"action": action, "machine": "m"}));
+        assert!(reason.contains("Its save image is kept"), "{reason}");
+        assert_eq!(fixture.state(), "poweroff");
+        fs::remove_dir(&overlay).unwrap();
+        prepare_image(&mut fixture);
+        fixture.restore();
+        fixture.act("stop");
+    }
+    assert_eq!(restores(&fixture), (2, 0), "{}", fixture.host.log());
+    fixture.finish();
+}
+
+#[test]
+fn standby_without_an_image_has_the_reason_that_its_run_writes_to_the_own_disk() {
+    let mut fixture = KvmFixture::new(&[MICRO], "machineries: {kvm: {instant: off, standby: on}}\n");
     fixture.act("prepare");
-    let ready = fixture.readiness();
-    assert!(
-        ready["mode"] == "plain" && ready["reason"].as_str().unwrap().contains("image has failed"),
-        "{ready}"
-    );
+    assert_own_disk(&mut fixture, "standby");
     fixture.restore();
+    assert_own_disk(&mut fixture, "plain");
     fixture.act("stop");
     fixture.finish();
 }

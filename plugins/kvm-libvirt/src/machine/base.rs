@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use machinery::{Deadline, Result, State};
+use machinery::{Deadline, RestoreReadiness, Result, State};
 use machinery_backend::{Operation, ReadinessReport, Steps, UnderWay, Work, WorkState, refuse};
 use virt::connect::Connect;
 
@@ -173,9 +173,29 @@ impl Machine {
         self.readiness.report();
     }
 
+    /// Notes that the next run has overlays, because the machine has a save image of that size.
+    pub(super) fn note_image(&self, size: u64) {
+        self.lock().own_disk = None;
+        self.readiness.set_instant(size);
+    }
+
+    /// Notes that the next run writes to the domain's own disk, and why. That also holds for a standby.
+    pub(super) fn note_own_disk(&self, why: &str) {
+        self.lock().own_disk = Some(why.to_owned());
+        self.readiness.set_plain(why);
+    }
+
+    /// Returns the readiness with a standby that holds so much memory.
+    pub(super) fn readiness_with_standby(&self, memory: u64) -> RestoreReadiness {
+        let reason = self.lock().own_disk.clone().unwrap_or_default();
+        RestoreReadiness { reason, ..self.readiness.with_standby(memory) }
+    }
+
     /// Reports to the host why there is no standby. A save image is still valid.
     pub(super) fn report_no_standby(&self, why: &str) {
-        self.readiness.set_reason(why.to_owned());
+        let own_disk = self.lock().own_disk.clone().filter(|own_disk| own_disk != why);
+        let reasons: Vec<String> = [why.to_owned()].into_iter().chain(own_disk).collect();
+        self.readiness.set_reason(reasons.join("; "));
         self.readiness.report();
     }
 

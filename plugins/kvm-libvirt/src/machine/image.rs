@@ -18,12 +18,14 @@ use crate::snapshot::{self, Snapshot};
 
 /// The number of cancelled attempts after which no further image is made.
 const MAX_CANCELLED_IMAGES: u32 = 3;
+/// The number of images in a row that fail at a restore, after which no further image is made.
+const MAX_FAILED_IMAGES: u32 = 3;
 /// A restore from an image that timed out and took longer than this is slower than a revert.
 const MAX_IMAGE_RESTORE: Duration = Duration::from_secs(60);
 
-/// Returns the outcome that the next run has no overlays.
-fn own_disk(why: &str) -> Outcome {
-    Outcome::Unavailable(format!("runs write to the domain's own disk: {why}"))
+/// Returns the reason that the next run has no overlays.
+fn own_disk(why: &str) -> String {
+    format!("runs write to the domain's own disk: {why}")
 }
 
 impl Machine {
@@ -35,14 +37,18 @@ impl Machine {
         cancellation: &Cancellation,
     ) -> Result<()> {
         if let Some((source, snapshot)) = self.valid_source(domain) {
+            // Without overlays the run would write to the domain's own disk. So this failure is one of the start.
+            self.make_overlays(&source, &snapshot, self.keys.image.owner(&source))?;
             let begun = Instant::now();
-            match self.restore_from_image(connect, &source, &snapshot) {
-                Ok(()) => return Ok(()),
+            match self.steps().timed("load", || self.keys.image.restore(connect, &source)) {
+                Ok(()) => {
+                    self.lock().failed_images = 0;
+                    return Ok(());
+                }
                 Err(error) if cancellation.is_cancelled() => {
                     if begun.elapsed() > MAX_IMAGE_RESTORE {
                         // The next restore reverts, which may be faster.
-                        self.keys.image.remove();
-                        self.disable_images("a restore from its image took too long");
+                        self.discard_image("a restore from its image took too long");
                     }
                     return Err(error);
                 }
@@ -60,9 +66,14 @@ impl Machine {
             return self.steps().timed("boot", boot);
         };
         let owner = source.owner(connect)?;
+        let mut recorded = owner;
+        if source.has_tpm && self.keys.image.owner(&source) == Owner::Qemu {
+            // The image below is started first, and libvirt changes owners for it.
+            recorded = Owner::Qemu;
+        }
         let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?;
         let xml = source.overlaid(&xml, owner)?;
-        self.make_overlays(&source, &snapshot, owner)?;
+        self.make_overlays(&source, &snapshot, recorded)?;
         if source.has_tpm {
             // libvirt puts the TPM's state of the image into the place from which the domain boots.
             self.steps().timed("tpm", || self.keys.image.restore(connect, &source))?;
@@ -83,17 +94,17 @@ impl Machine {
         });
         let valid = found.filter(|(source, _)| self.keys.image.has_origin(source));
         if valid.is_none() {
-            tracing::warn!(
-                machine = self.name(),
-                "its save image is of another snapshot or domain, and not used: the run writes to the domain's disk"
-            );
+            self.report_own_disk("its save image is of another snapshot or domain, and not used");
         }
         valid
     }
 
-    fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
-        self.make_overlays(source, snapshot, self.keys.image.owner(source))?;
-        self.steps().timed("load", || self.keys.image.restore(connect, source))
+    /// Reports to the host that the run about to start has no overlays.
+    fn report_own_disk(&self, why: &str) {
+        let why = own_disk(why);
+        tracing::warn!(machine = self.name(), "{why}");
+        self.note_own_disk(&why);
+        self.readiness.report();
     }
 
     /// Makes the overlays of a run, over disks at the snapshot. The marker has them first, so that no host leaves one
@@ -102,15 +113,20 @@ impl Machine {
         let owners = if owner == Owner::Qemu { source.owners()? } else { Vec::new() };
         self.marker
             .set_overlays(source.overlays.iter().map(|(_, overlay)| overlay.clone()).collect(), owners);
-        self.steps().timed("disk", || {
+        let made = self.steps().timed("disk", || {
             self.keys.image.revert_disks(source, snapshot)?;
             source.make_overlays(&self.shared.overlays)
+        });
+        made.map_err(|error| {
+            error.default_advice(
+                "Its save image is kept. Look at the free space in the folder of the disk; `instant: off` has runs without \
+                 overlays",
+            )
         })
     }
 
-    /// Removes an image that failed. This host makes no other one.
+    /// Removes an image that failed. The next preparation makes another one.
     fn image_failed(&self, domain: &Domain, error: &Error) -> Result<()> {
-        tracing::warn!(machine = self.name(), %error, "its save image has failed, and is not used any more");
         let before = self.lock().end_count;
         let ended = domain::destroy(domain)?;
         if ended {
@@ -118,14 +134,21 @@ impl Machine {
         }
         // The revert that follows uses the domain's own disks.
         self.marker.remove_overlays();
-        self.keys.image.remove();
-        self.disable_images(&format!("its save image has failed: {error}"));
+        self.discard_image(&format!("its save image has failed: {error}"));
         Ok(())
     }
 
-    fn disable_images(&self, why: &str) {
-        self.readiness.set_plain(why);
-        self.lock().image_disabled = Some(why.to_owned());
+    /// Removes the image. This host makes no other one after several in a row.
+    fn discard_image(&self, why: &str) {
+        self.keys.image.remove();
+        {
+            let mut state = self.lock();
+            state.failed_images += 1;
+            if state.failed_images >= MAX_FAILED_IMAGES {
+                state.image_disabled = Some(format!("{why}, and so did the images before it"));
+            }
+        }
+        self.report_own_disk(why);
     }
 
     /// Makes an image unless there is a valid one; returns the reason if there is none. The domain is off.
@@ -140,7 +163,7 @@ impl Machine {
             Ok(found) => found,
             Err(why) => {
                 self.keys.image.remove();
-                return Ok(own_disk(&why));
+                return Ok(Outcome::Unavailable(own_disk(&why)));
             }
         };
         if !self.keys.image.has_origin(&source) || self.keys.image.has_outdated_owner(connect, &source)? {
@@ -150,11 +173,11 @@ impl Machine {
             let possible =
                 source.ensure_given_back(connect).and_then(|()| self.keys.image.ensure_space(domain));
             if let Err(why) = possible {
-                return Ok(own_disk(&why));
+                return Ok(Outcome::Unavailable(own_disk(&why)));
             }
             self.make_image(connect, domain, &snapshot, cancellation)?;
         }
-        self.readiness.set_instant(self.keys.image.size());
+        self.note_image(self.keys.image.size());
         Ok(Outcome::Ready)
     }
 

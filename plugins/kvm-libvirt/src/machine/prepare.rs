@@ -128,10 +128,9 @@ impl Machine {
         let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         domain::ensure_off(&domain)?;
-        let no_image = match self.prepare_image(connect, &domain, origin, cancellation)? {
-            Outcome::Ready => None,
-            Outcome::Unavailable(why) => Some(why),
-        };
+        if let Outcome::Unavailable(why) = self.prepare_image(connect, &domain, origin, cancellation)? {
+            self.note_own_disk(&why);
+        }
         let why = match no_standby {
             Some(why) => why.to_owned(),
             None => match self.prepare_standby(connect, &domain, origin, cancellation)? {
@@ -139,11 +138,7 @@ impl Machine {
                 Outcome::Unavailable(why) => why,
             },
         };
-        match no_image {
-            None => self.report_no_standby(&why),
-            Some(no_image) if no_image == why => self.report_plain(&why),
-            Some(no_image) => self.report_plain(&format!("{why}; {no_image}")),
-        }
+        self.report_no_standby(&why);
         Ok(())
     }
 
@@ -191,7 +186,7 @@ impl Machine {
         let domain = self.mark_run(connect)?;
         let fingerprint = Fingerprint::of(&domain, snapshot.identity.clone())?;
         let standby = StandbyDomain::new(&domain, fingerprint.clone(), events_from, share);
-        let ready = self.readiness.with_standby(standby.memory());
+        let ready = self.readiness_with_standby(standby.memory());
         self.install(standby, cancellation)?;
         // After the installation, so that no later event is missed.
         fingerprint.check(connect, self.label(), self.wanted_snapshot())?;
