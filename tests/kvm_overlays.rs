@@ -198,8 +198,8 @@ fn run_has_an_overlay_of_each_disk_over_its_own_chain() {
         fixture.act(action);
         let disks = fixture.virsh(&["domblklist", "lab-m"]);
         let overlay = overlay(&fixture.lab);
-        let second = overlay.replace(".qcow2", "_2.qcow2");
-        assert!(disks.contains(&overlay) && disks.contains(&second), "{action}: {disks}");
+        let overlay_2 = overlay.replace(".qcow2", "_2.qcow2");
+        assert!(disks.contains(&overlay) && disks.contains(&overlay_2), "{action}: {disks}");
         qemu_io(&fixture, "ide0-0-1", "read -P 0x11 0 64k");
         for device in ["ide0-0-0", "ide0-0-1"] {
             qemu_io(&fixture, device, "write -P 0x5a 0 1M");

@@ -95,7 +95,10 @@ impl Machine {
 
     /// Records that somebody else has started the domain.
     fn on_foreign_start(&self) {
-        self.marker.remove();
+        match self.marker.set_aside_if_elsewhere() {
+            Ok(()) => self.marker.remove(),
+            Err(error) => tracing::warn!(machine = self.name(), %error, "a run marker remains"),
+        }
         self.lock().only_own_runs = false;
     }
 
