@@ -163,8 +163,10 @@ fn action_waits_when_libvirtd_restarts() {
 #[test]
 fn machine_restores_again_when_libvirtd_died_during_a_restore() {
     for instant in ["off", "on"] {
-        let mut fixture =
-            KvmFixture::new(&[MICRO], &format!("machineries: {{kvm: {{instant: {instant}}}}}\n"));
+        let mut fixture = KvmFixture::new(
+            &[MICRO],
+            &format!("machineries: {{kvm: {{instant: {instant}, standby: off}}}}\n"),
+        );
         fixture.act("prepare");
         let KvmMachine { disk, overlay, .. } = fixture.lab.machine("m");
         let opened = if instant == "on" { overlay } else { disk }.clone();
