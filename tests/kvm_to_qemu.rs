@@ -14,6 +14,7 @@ use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::lab::{KvmLab, loopback_address};
 use machinery_testkit::logged::LoggedCommand;
 use machinery_testkit::wait::wait_until;
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -416,6 +417,40 @@ fn import_leaves_nothing_after_a_signal_or_a_kill_at_any_step() {
     }
 }
 
+/// Expects that `kvm.yaml` stays if its entry cannot be removed, or the machine is not added.
+fn assert_exchange_is_refused_or_undone(lab: &Lab, import: &[&str], entry: &str) {
+    let cwd = lab.kvm.cwd();
+    let host = fs::read_to_string(lab.root().join("conf/machinery-host.yaml")).unwrap();
+    cwd.host_yaml("machineries: {kvm: {machines: {m: {standby: off}}}}\n").unwrap();
+    let section = lab.kvm.run(import).unwrap();
+    fails(&section, &["machineries.kvm.machines.m", "Remove the section"]);
+    assert!(!section.stderr.contains("copying the disks"), "{section:?}");
+    cwd.host_yaml(&host).unwrap();
+    let flow = entry.replace("machines:\n  # one\n  m:\n", "machines: {m: {").replace("\n    ", ", ");
+    let flow = flow.replace("{, ", "{").replace("java]\n", "java]}}\n");
+    cwd.write_yaml("kvm", &flow).unwrap();
+    fails(&lab.kvm.run(import).unwrap(), &["indented block"]);
+    lab.assert_nothing_made("an entry that cannot be removed");
+    cwd.write_yaml("kvm", entry).unwrap();
+    // While the command waits for the lock of the configuration, somebody else adds a machine of the same name.
+    let lock = fs::File::open(lab.root().join("operational/generated/machinery-host")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let mut command = host::command(cwd).unwrap();
+    command.arg("-v").args(import);
+    let mut importing = LoggedCommand::start(command);
+    importing.wait_for("adding the machine to the configuration");
+    let qemu = cwd.yaml("qemu").unwrap();
+    let other = "  m: {qcow2_path: /x, snapshot_path: /x, machineinfo_path: /x, ip: 127.9.9.9, platform: linux, \
+                 os_version: 1, architecture: amd64}\n";
+    cwd.write_yaml("qemu", &format!("{qemu}{other}")).unwrap();
+    drop(lock);
+    let (code, log) = importing.end();
+    assert!(code == Some(1) && log.contains("has this machine already"), "{code:?}: {log}");
+    cwd.write_yaml("qemu", &qemu).unwrap();
+    assert_eq!(cwd.yaml("kvm").unwrap(), entry);
+    lab.assert_nothing_made("an exchange that is undone");
+}
+
 #[test]
 fn domain_of_a_machine_of_kvm_is_replaced_when_the_operator_says_so() {
     let lab = small();
@@ -433,9 +468,13 @@ fn domain_of_a_machine_of_kvm_is_replaced_when_the_operator_says_so() {
     let with = |more: &[&str]| lab.kvm.run(&[&import, more].concat()).unwrap();
     fails(&with(&[]), &["kvm.yaml has its domain as the machine 'm'", "--replace"]);
     lab.assert_nothing_made("an entry of kvm");
+    assert_exchange_is_refused_or_undone(&lab, &[&import[..], &["--replace"]].concat(), &entry);
     let mut host = lab.kvm.host().unwrap();
     let mut client = host.client().unwrap();
-    succeeds(&with(&["--replace"]));
+    let replaced = with(&["--replace"]);
+    succeeds(&replaced);
+    // At no moment a host has both machines, which it refuses.
+    assert!(!replaced.stdout.contains("has not reloaded"), "{replaced:?}");
     let yaml = cwd.yaml("kvm").unwrap();
     assert!(yaml.contains("# one") && !yaml.contains("label"), "{yaml}");
     assert!(cwd.yaml("qemu").unwrap().contains("office"));

@@ -13,6 +13,15 @@ use super::{replace, text};
 /// # Errors
 /// The file cannot be read, edited or written. It stays unchanged then.
 pub fn remove(path: &Path, name: &str) -> Result<(String, String)> {
+    let texts = without(path, name)?;
+    apply(path, &texts).map(|()| texts)
+}
+
+/// Returns the text of the configuration file before and after the removal of a machine's entry. Nothing is written.
+///
+/// # Errors
+/// The file cannot be read or edited.
+pub fn without(path: &Path, name: &str) -> Result<(String, String)> {
     let file = ConfigFile::read(path)?;
     let text = text::remove(&file, name)?;
     let mut expected: Mapping = file.parse()?;
@@ -20,8 +29,15 @@ pub fn remove(path: &Path, name: &str) -> Result<(String, String)> {
         machines.remove(name);
     }
     expect_content(&file, &text, expected)?;
-    replace::replace(path, &file.text, &text)?;
     Ok((file.text, text))
+}
+
+/// Writes the text of the file after a change.
+///
+/// # Errors
+/// The file was changed meanwhile, or cannot be written.
+pub fn apply(path: &Path, (before, after): &(String, String)) -> Result<()> {
+    replace::replace(path, before, after)
 }
 
 /// Replaces the value of a key in the entry of a machine, which has it. Returns the text before and after.

@@ -36,7 +36,7 @@ pub use accept::{Check, without_lines};
 use accept::{expect_accepted, problems_of};
 use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of, values};
 use edit::expect_content;
-pub use edit::{remove, restore, set};
+pub use edit::{apply, remove, restore, set, without};
 use entry::{Found, Machine};
 pub use libvirt::LOCAL;
 use libvirt::Libvirt;

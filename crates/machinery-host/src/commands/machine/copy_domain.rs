@@ -21,12 +21,13 @@ use super::create::folder_of;
 use super::domain::DomainEntry;
 use super::folder::{expect_kept, expect_space};
 use super::info::{DISK, Description, INFO, Info, MEMORY, domain_entries, entries};
+use super::interrupt;
 use super::make::{binaries, prove};
 use super::options::Ready;
 use super::publish::{expect_free, publish};
+use super::replaced::{expect_removable, remove_entry};
 use super::unfinished::{Unfinished, clear_abandoned};
-use super::{host, interrupt};
-use crate::commands::import::{self, Disks, DomainForQemu, Import, Imported, OptionsForQemu, Skipped};
+use crate::commands::import::{Disks, DomainForQemu, Import, Imported, OptionsForQemu, Skipped};
 use crate::commands::shell_word;
 use crate::plugin::search::is_listed;
 
@@ -37,7 +38,16 @@ struct Plan {
     files: Files,
     folder: PathBuf,
     /// The machine of `kvm` whose entry is removed.
-    replaced: Option<String>,
+    replaced: Option<DomainEntry>,
+}
+
+/// The work of an import.
+#[derive(Default)]
+struct Work {
+    plans: Vec<Plan>,
+    /// The entries of domains whose copies the configuration has already.
+    removals: Vec<DomainEntry>,
+    skipped: Vec<Skipped>,
 }
 
 /// Makes the machines.
@@ -51,56 +61,60 @@ pub fn copy_domains(context: &Context<'_>, import: &Import) -> Result<Imported> 
     }
     (context.step)("reading the domains");
     let options = import.options();
-    let mut imported = Imported::default();
-    let domains = import.domains_for_qemu(&context.cwd.machinery_yaml(KVM))?;
-    let mut plans: Vec<Plan> = Vec::new();
-    let mut problems = Vec::new();
-    for domain in domains {
-        let replaced = entry_of(context, &domain)?;
-        if is_copied(context, &domain)? {
-            let reason = "qemu.yaml has the copy of this snapshot already".to_owned();
-            imported.skipped.push(Skipped { name: domain.name.clone(), reason });
-            if let Some(entry) = replaced.filter(|_| options.replace && !import.is_dry()) {
-                remove_entry(context, &entry)?;
-            }
-            continue;
-        }
-        let name = domain.name.clone();
-        match plan(context, &options, domain, replaced, &plans) {
-            Ok(plan) => plans.push(plan),
-            Err(error) => problems.push(error.machine(name)),
-        }
-    }
-    expect_all_planned(context, &plans, problems)?;
+    let Work { plans, removals, skipped } = work(context, import, &options)?;
+    let mut imported = Imported { skipped, ..Imported::default() };
     if import.is_dry() {
         imported.dry_run = Some(plans.iter().map(|plan| plan.entry()).collect());
-    } else if !plans.is_empty() {
+        imported.added = plans.into_iter().map(|plan| plan.domain.name).collect();
+        return Ok(imported);
+    }
+    removals.iter().try_for_each(|entry| remove_entry(context, entry))?;
+    if !plans.is_empty() {
         clear_abandoned(context, None)?;
     }
     for plan in plans {
-        if !import.is_dry() {
-            let done = &imported.added;
-            let notes = plan.make(context, &options).map_err(|error| match done.is_empty() {
-                true => error,
-                false => error.detail(&format!("the machines {} are finished, and stay", done.join(", "))),
-            })?;
-            imported
-                .notes
-                .extend(notes.into_iter().map(|note| format!("machine '{}': {note}", plan.domain.name)));
-        }
+        let done = &imported.added;
+        let notes = plan.make(context, &options).map_err(|error| match done.is_empty() {
+            true => error,
+            false => error.detail(&format!("the machines {} are finished, and stay", done.join(", "))),
+        })?;
+        let notes = notes.into_iter().map(|note| format!("machine '{}': {note}", plan.domain.name));
+        imported.notes.extend(notes);
         imported.added.push(plan.domain.name);
     }
     Ok(imported)
 }
 
+/// Plans the machines of all domains, and names every fault. Nothing is written.
+fn work(context: &Context<'_>, import: &Import, options: &OptionsForQemu) -> Result<Work> {
+    let (mut work, mut problems) = (Work::default(), Vec::new());
+    for domain in import.domains_for_qemu(&context.cwd.machinery_yaml(KVM))? {
+        let (name, replaced) = (domain.name.clone(), entry_of(context, &domain)?);
+        if is_copied(context, &domain)? {
+            if let Some(entry) = replaced.filter(|_| options.replace) {
+                problems.extend(expect_removable(context, &entry).err());
+                work.removals.push(entry);
+            }
+            let reason = "qemu.yaml has the copy of this snapshot already".to_owned();
+            work.skipped.push(Skipped { name, reason });
+            continue;
+        }
+        match plan(context, options, domain, replaced, &work.plans) {
+            Ok(plan) => work.plans.push(plan),
+            Err(error) => problems.push(error.machine(name)),
+        }
+    }
+    expect_all_planned(context, &work.plans, problems)?;
+    Ok(work)
+}
+
 /// Returns the machine of `kvm` that is this domain, if a host has both machineries.
-fn entry_of(context: &Context<'_>, domain: &DomainForQemu) -> Result<Option<String>> {
+fn entry_of(context: &Context<'_>, domain: &DomainForQemu) -> Result<Option<DomainEntry>> {
     if !is_listed(KVM, &context.config.machineries) {
         return Ok(None);
     }
     let is_domain = |entry: &DomainEntry| entry.label == domain.label && entry.dsn == domain.dsn;
-    let found = domain_entries(context.cwd)?.into_iter().find(is_domain);
-    Ok(found.map(|entry| entry.name))
+    Ok(domain_entries(context.cwd)?.into_iter().find(is_domain))
 }
 
 /// Reports whether the configuration has the machine already.
@@ -117,19 +131,21 @@ fn plan(
     context: &Context<'_>,
     options: &OptionsForQemu,
     domain: DomainForQemu,
-    replaced: Option<String>,
+    replaced: Option<DomainEntry>,
     others: &[Plan],
 ) -> Result<Plan> {
-    if let Some(entry) = replaced.as_ref().filter(|_| !options.replace) {
+    if let Some(DomainEntry { name, .. }) = replaced.as_ref().filter(|_| !options.replace) {
         let reason =
-            format!("kvm.yaml has its domain as the machine '{entry}', and no two machines share an address");
+            format!("kvm.yaml has its domain as the machine '{name}', and no two machines share an address");
         let advice =
             "Add --replace to remove that entry once the new machine is restored, or remove it yourself";
         return Err(Error::configuration(reason).advice(advice));
     }
+    replaced.iter().try_for_each(|entry| expect_removable(context, entry))?;
     let (name, ip, mac) = (&domain.name, domain.text("ip"), domain.text("mac_address"));
     let mac = Some(mac).filter(|mac| !mac.is_empty());
-    expect_free(context, name, std::slice::from_ref(&ip), mac.as_deref(), None, replaced.as_deref())?;
+    let replaced_name = replaced.as_ref().map(|entry| entry.name.as_str());
+    expect_free(context, name, std::slice::from_ref(&ip), mac.as_deref(), None, replaced_name)?;
     if let Some(twin) = others.iter().find(|other| other.domain.name == *name || other.info.machine.ip == ip)
     {
         let reason = format!("the domain '{}' has the same name or address", twin.domain.label);
@@ -180,7 +196,8 @@ const DEFAULT_PORT: u16 = 8000;
 /// Expects that all machines can be made, and that their files have space.
 fn expect_all_planned(context: &Context<'_>, plans: &[Plan], mut problems: Vec<Error>) -> Result<()> {
     problems.extend(refused_arguments(context, plans)?);
-    let bytes = plans.iter().map(|plan| plan.files.bytes(&plan.domain)).sum::<Result<u64>>()?;
+    let each = plans.iter().map(|plan| plan.files.bytes(&plan.domain)).collect::<Result<Vec<u64>>>()?;
+    let bytes = each.into_iter().fold(0, u64::saturating_add);
     let folder = plans.first().and_then(|plan| plan.folder.ancestors().find(|folder| folder.exists()));
     problems.extend(folder.and_then(|folder| expect_space(context.config, folder, bytes).err()));
     Error::all(problems).map_or(Ok(()), Err)
@@ -235,12 +252,11 @@ impl Plan {
             self.info.write(&folder)?;
             let ready = Ready::restored(options.no_agent);
             let readiness = prove(context, &self.info, &ready, &mut unfinished, &folder)?;
-            publish(context, &self.info, &folder, readiness, None)
+            publish(context, &self.info, &folder, readiness, || {
+                self.replaced.iter().try_for_each(|entry| unfinished.replace(context.cwd, entry))
+            })
         })();
         let made = unfinished.conclude(context, &folder, made)?;
-        if let Some(entry) = &self.replaced {
-            remove_entry(context, entry)?;
-        }
         let mut notes = self.domain.notes.clone();
         notes.extend(made.notes);
         let ready =
@@ -269,12 +285,4 @@ impl Plan {
             serde_yaml::to_string(&json!({&self.domain.name: self.keys(&self.folder)})).unwrap_or_default();
         text.lines().map(|line| format!("  {line}\n")).collect()
     }
-}
-
-/// Removes the entry of the domain, which stays in libvirt, and has a running host load that.
-fn remove_entry(context: &Context<'_>, entry: &str) -> Result<()> {
-    let _lock = super::lock_configuration(context.cwd)?;
-    import::remove(&context.cwd.machinery_yaml(KVM), entry)?;
-    host::reload(context.cwd).into_iter().for_each(|note| tracing::warn!("{note}"));
-    Ok(())
 }

@@ -61,8 +61,10 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
         }
         let plan = Plan { info, files, ready: &create.ready };
         let readiness = make(context, &plan, &mut unfinished, &folder)?;
-        let section = section.map(|section| (&mut unfinished, section));
-        publish(context, &plan.info, &folder, readiness, section)
+        publish(context, &plan.info, &folder, readiness, || {
+            // A host refuses the machine without its section.
+            section.map_or(Ok(()), |section| unfinished.add_section(context.cwd, &section))
+        })
     })();
     unfinished.conclude(context, &folder, made)
 }

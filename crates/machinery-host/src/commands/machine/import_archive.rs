@@ -68,7 +68,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
         info.write(&folder)?;
         let ready = Ready::restored(import.no_agent);
         let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
-        publish(context, &info, &folder, readiness, None)
+        publish(context, &info, &folder, readiness, || Ok(()))
     })();
     unfinished.conclude(context, &folder, made)
 }

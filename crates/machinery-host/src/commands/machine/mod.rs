@@ -13,6 +13,7 @@
 //! | `kvm`, `domain`, `description` | the same for a machine of `kvm`; its domain, and libvirt's description of it |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
 //! | `copy_domain`, `copied_files` | machines of `qemu` that are copies of domains; their files |
+//! | `replaced` | the entry of such a domain in `kvm.yaml`, which its copy replaces |
 //! | `export`, `import_archive`, `archive`, `flatten` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
 //! | `session` | the plugin with one machine |
@@ -53,6 +54,7 @@ mod options;
 mod publish;
 mod ready;
 mod remove;
+mod replaced;
 mod section;
 mod session;
 mod snapshot;

@@ -14,7 +14,6 @@ use super::domain::INSTALLED;
 use super::host::reload;
 use super::info::Info;
 use super::section::{lock_configuration, section_of};
-use super::unfinished::Unfinished;
 use crate::commands::import::{Import, QEMU_DEFAULT, import, without_lines};
 use crate::plugin::search::is_listed;
 
@@ -78,7 +77,10 @@ pub fn expect_free(
 }
 
 /// Expects that this user can replace the configuration file, before a guest has booted for nothing.
-fn expect_writable(yaml: &Path) -> Result<()> {
+///
+/// # Errors
+/// The user cannot.
+pub fn expect_writable(yaml: &Path) -> Result<()> {
     let existing = yaml.ancestors().skip(1).find(|folder| folder.exists()).unwrap_or(yaml);
     access(existing, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
         let failed = Error::io("add a machine to", yaml, &error.into());
@@ -140,9 +142,8 @@ fn expect_accepted_beside_clones(
     }
 }
 
-/// Adds the machine in that folder to the configuration, and has a running host load it. Its section of
-/// `machinery-host.yaml` comes first: without the machine, a host refuses it. The record of the unfinished machine has it
-/// removed if the machine is not added.
+/// Adds the machine in that folder to the configuration, and has a running host load it. `first` changes other files of the
+/// configuration before that, and has the record of the unfinished machine undo this if the machine is not added.
 ///
 /// # Errors
 /// The configuration cannot be changed, or refuses the machine.
@@ -151,14 +152,11 @@ pub fn publish(
     info: &Info,
     folder: &Path,
     ready: RestoreReadiness,
-    section: Option<(&mut Unfinished, Mapping)>,
+    first: impl FnOnce() -> Result<()>,
 ) -> Result<Made> {
     (context.step)("adding the machine to the configuration");
     let _lock = lock_configuration(context.cwd)?;
-    if let Some((unfinished, keys)) = section {
-        unfinished.record_section(&keys)?;
-        section_of(&info.machine.name).add(&context.cwd.host_yaml(), &keys)?;
-    }
+    first()?;
     let check = |file| context.check(file);
     let added = import(&import_of(info, folder), &context.cwd.machinery_yaml(context.machinery), &check)?;
     let mut notes = added.notes;

@@ -22,7 +22,7 @@ use super::domain::Recorded;
 use super::host;
 use super::info::{Info, entries, files_of, machinery_of};
 use super::kvm;
-use super::section::{lock_configuration, section_of};
+use super::section::{expect_no_section, lock_configuration, section_of};
 use super::unfinished::Unfinished;
 use crate::commands::import;
 use crate::cwd::{Cwd, make_state_folder};
@@ -130,7 +130,7 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let paths = remove.paths(cwd)?;
     let section = own_section(cwd, name, &paths)?;
     if section.is_none() {
-        expect_no_section(context, name)?;
+        expect_no_section(context.config, context.machinery, name)?;
     }
     make_state_folder(cwd)?;
     let _absent = host::keep_out(cwd)?;
@@ -203,20 +203,6 @@ fn own_section(cwd: &Cwd, name: &str, paths: &[PathBuf]) -> Result<Option<Mappin
         true => section_of(name).content(&cwd.host_yaml()),
         false => Ok(None),
     }
-}
-
-/// Expects that `machinery-host.yaml` has no section for the machine, which a host refuses without an entry.
-fn expect_no_section(context: &Context<'_>, name: &str) -> Result<()> {
-    let key = ["machineries", context.machinery, "machines", name];
-    let Some(file) = &context.config.host_file else { return Ok(()) };
-    let machines = file.parse_at::<Mapping>(&key[..3])?.unwrap_or_default();
-    if machines.contains_key(name) {
-        return Err(file
-            .error(&key, "this section is about the machine, and a host refuses it once the machine is gone")
-            .machine(name)
-            .advice("Remove the section, and repeat the command"));
-    }
-    Ok(())
 }
 
 /// Has a running host give up these machines.

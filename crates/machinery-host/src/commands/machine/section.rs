@@ -9,11 +9,30 @@ use serde_yaml::Mapping;
 
 use super::context::MACHINERY;
 use crate::commands::import::Section;
+use crate::config::Config;
 use crate::cwd::Cwd;
 
 /// Returns the machine's section of `machinery-host.yaml`.
 pub fn section_of(name: &str) -> Section<'_> {
     Section { machinery: MACHINERY, machine: name }
+}
+
+/// Expects that `machinery-host.yaml` has no section for a machine that is to be removed, which a host refuses without an
+/// entry.
+///
+/// # Errors
+/// It has one.
+pub fn expect_no_section(config: &Config, machinery: &str, name: &str) -> Result<()> {
+    let key = ["machineries", machinery, "machines", name];
+    let Some(file) = &config.host_file else { return Ok(()) };
+    let machines = file.parse_at::<Mapping>(&key[..3])?.unwrap_or_default();
+    if machines.contains_key(name) {
+        return Err(file
+            .error(&key, "this section is about the machine, and a host refuses it once the machine is gone")
+            .machine(name)
+            .advice("Remove the section, and repeat the command"));
+    }
+    Ok(())
 }
 
 /// Removes the section of a machine that the configuration does not have, unless somebody has changed the section.

@@ -21,10 +21,11 @@ use serde::{Deserialize, Serialize};
 use serde_yaml::Mapping;
 
 use super::context::Context;
-use super::domain::Recorded;
+use super::domain::{DomainEntry, Recorded};
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
 use super::locks::{NEW, records, try_lock};
-use super::section::withdraw;
+use super::replaced::Replaced;
+use super::section::{section_of, withdraw};
 use super::{host, leftovers};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
@@ -53,6 +54,9 @@ struct Record {
     /// The section of `machinery-host.yaml` that is removed if the configuration does not have the machine.
     #[serde(default)]
     section: Option<Mapping>,
+    /// The entry of `kvm.yaml` that comes back if the configuration does not have the machine.
+    #[serde(default)]
+    replaced: Option<Replaced>,
 }
 
 /// A record that was cleared.
@@ -216,6 +220,25 @@ impl Unfinished {
         self.record.write(&self.folder)
     }
 
+    /// Adds the machine's section to `machinery-host.yaml`.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn add_section(&mut self, cwd: &Cwd, keys: &Mapping) -> Result<()> {
+        self.record_section(keys)?;
+        section_of(&self.record.name).add(&cwd.host_yaml(), keys)
+    }
+
+    /// Removes the entry of the domain whose copy the machine is. The caller has the lock of the configuration.
+    ///
+    /// # Errors
+    /// A file cannot be written, or the entry is another one.
+    pub fn replace(&mut self, cwd: &Cwd, entry: &DomainEntry) -> Result<()> {
+        self.record.replaced = Replaced::of(cwd, entry)?;
+        self.record.write(&self.folder)?;
+        self.record.replaced.iter().try_for_each(|replaced| replaced.remove(cwd))
+    }
+
     /// Ends the record of a finished machine, whose folder is at `folder` now.
     ///
     /// # Errors
@@ -334,11 +357,16 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
         remove_mark(own)?;
     } else {
         record.section.iter().try_for_each(|keys| withdraw(context.cwd, &record.name, keys))?;
+        record.replaced.iter().try_for_each(|replaced| replaced.undo(context.cwd))?;
         match own.join(MARK).exists() {
             true => remove_folder(own)?,
             // A folder without the mark is empty, or somebody else's.
             false => drop(fs::remove_dir(own)),
         }
+    }
+    if record.replaced.is_some() {
+        // The command may have ended before a running host has loaded the exchange.
+        host::reload(context.cwd).into_iter().for_each(|note| tracing::warn!("{note}"));
     }
     remove_folder(folder).map(|()| is_configured)
 }
