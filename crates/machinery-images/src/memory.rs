@@ -54,6 +54,7 @@ impl SnapshotMemory {
         let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
         let is_elsewhere = header.data_file.is_some();
         let found = if is_elsewhere { Err(unknown("a data file")) } else { tables(&file, &header, index) };
+        let found = found.and_then(|found| expect_held(&file, &found, size).map(|()| found));
         let (cluster, tables) =
             found.map_err(|error| Error::io("read the snapshot's memory in", path, &error))?;
         Ok(Some(SnapshotMemory { file, cluster, tables, table: None, at: 0, size }))
@@ -131,6 +132,17 @@ fn tables(file: &File, header: &Header, index: usize) -> io::Result<(u64, Vec<u6
     file.read_exact_at(&mut bytes, table.saturating_add(first * 8))?;
     let (numbers, _) = bytes.as_chunks();
     Ok((1 << cluster_bits, numbers.iter().map(|number| u64::from_be_bytes(*number) & OFFSET).collect()))
+}
+
+/// Expects that the tables lead to that many bytes, and that the file holds them: QEMU leaves out no cluster of a stream,
+/// and no two have the same one.
+fn expect_held(file: &File, (cluster, tables): &(u64, Vec<u64>), size: u64) -> io::Result<()> {
+    let mapped = (tables.len() as u64).saturating_mul(cluster / 8).saturating_mul(*cluster);
+    let held = mapped.min(file.metadata()?.len());
+    if size <= held {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("it has {size} bytes, and the image holds at most {held}")))
 }
 
 /// Returns the length of the entry at offset `at` of the snapshot table.
@@ -211,10 +223,27 @@ mod tests {
                 damaged[at..at + 4].fill(byte);
                 fs::write(&path, &damaged).unwrap();
                 if let Ok(Some(mut memory)) = SnapshotMemory::open(&path, "clean") {
-                    let read = io::copy(&mut memory.by_ref().take(1 << 30), &mut io::sink());
+                    assert!(memory.size() <= sound.len() as u64);
+                    let read = io::copy(&mut memory, &mut io::sink());
                     assert!(read.is_err() || memory.size() > 0);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn size_is_refused_when_the_image_cannot_hold_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = image(folder.path(), "");
+        let mut content = fs::read(&path).unwrap();
+        let mut table = u64::from_be_bytes(content[64..72].try_into().unwrap());
+        table += entry_length(&Reader(&File::open(&path).unwrap()), table).unwrap();
+        for size in [u64::MAX, 1 << 62, 1 << 40, content.len() as u64 + 1] {
+            let at = table as usize + 40;
+            content[at..at + 8].copy_from_slice(&size.to_be_bytes());
+            fs::write(&path, &content).unwrap();
+            let refused = SnapshotMemory::open(&path, "clean").unwrap_err().to_string();
+            assert!(refused.contains("the image holds at most"), "{refused}");
         }
     }
 }

@@ -8,8 +8,9 @@
 //! An archive may come from anywhere. A reader accepts plain files with plain names only, in exactly that order.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tar::{Builder, Entry, EntryType, Header};
 
+use super::folder::{FILE_MODE, SECRET_MODE};
 use super::info::{DISK, INFO, Info, MEMORY};
 
 const MANIFEST: &str = "manifest.json";
@@ -100,14 +102,20 @@ pub fn verify(path: &Path, step: &dyn Fn(&str)) -> Result<(Info, u64)> {
     Ok((info, bytes))
 }
 
-/// Writes the files of the archive into the folder, and verifies them once more.
+/// Writes the files of the archive into the folder, and verifies them once more. Only this user reads the machine's memory,
+/// and the state of its TPM.
 ///
 /// # Errors
 /// As [`verify`]; a file cannot be written.
-pub fn extract(path: &Path, folder: &Path, step: &dyn Fn(&str)) -> Result<()> {
+pub fn extract(path: &Path, info: &Info, folder: &Path, step: &dyn Fn(&str)) -> Result<()> {
     read(path, step, |name, entry| {
-        let mut file = File::create_new(folder.join(name))?;
+        let mut file =
+            File::options().write(true).create_new(true).mode(SECRET_MODE).open(folder.join(name))?;
         let copied = copy(entry, &mut file)?;
+        let is_secret = name == MEMORY || info.machine.tpm_state.as_deref() == Some(name);
+        let mode = if is_secret { SECRET_MODE } else { FILE_MODE };
+        // Not that of the umask.
+        file.set_permissions(Permissions::from_mode(mode))?;
         file.sync_all().map(|()| copied)
     })
 }

@@ -2,7 +2,7 @@
 //! power.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,8 @@ use crate::config::Config;
 pub const MARK: &str = ".unfinished";
 /// The mode of a file in the machine's folder, which the machine's own user reads.
 pub const FILE_MODE: u32 = 0o644;
+/// The mode of a file with secrets of the guest: its memory, and the keys of its TPM. The machine's user gets it open.
+pub const SECRET_MODE: u32 = 0o600;
 
 /// Marks the folder as that of a machine that is to be removed.
 ///
@@ -35,13 +37,25 @@ pub fn set_mark(folder: &Path) -> Result<()> {
 /// A file cannot be read or written.
 pub fn copy_files(files: &[(PathBuf, String)], folder: &Path) -> Result<()> {
     files.iter().try_for_each(|(file, name)| {
-        let copied = File::open(file).and_then(|mut from| {
+        let copied = open_regular(file).and_then(|from| {
+            let length = from.metadata()?.len();
             let mut new = File::create_new(folder.join(name))?;
-            io::copy(&mut from, &mut new)?;
+            io::copy(&mut from.take(length), &mut new)?;
             new.set_permissions(fs::Permissions::from_mode(FILE_MODE))
         });
         copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))
     })
+}
+
+/// Opens a file for reading, which is no pipe or device.
+///
+/// # Errors
+/// It is one, or cannot be opened.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    // A pipe would block.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
 }
 
 /// Removes the mark of a machine that is finished.

@@ -63,7 +63,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     interrupt::clear_when_interrupted(Some(&name), context.globals.clone())?;
     let mut unfinished = Unfinished::begin(context.cwd, &name, &folder)?;
     let made = (|| {
-        archive::extract(&import.file, &folder, context.step)?;
+        archive::extract(&import.file, &info, &folder, context.step)?;
         expect_whole_disks(&folder)?;
         info.write(&folder)?;
         let ready = Ready::restored(import.no_agent);

@@ -2,7 +2,7 @@ use super::*;
 use crate::commands::machine::info::Description;
 use std::fs;
 
-fn description() -> Vec<u8> {
+fn info() -> Info {
     let text = |text: &str| text.to_owned();
     let machine = Description {
         name: text("m"),
@@ -17,14 +17,18 @@ fn description() -> Vec<u8> {
         memory_snapshot: text(MEMORY),
         tags: Vec::new(),
         start_args: vec![text("-m")],
-        tpm_state: None,
+        tpm_state: Some(text("tpm.state")),
         guest_ip: None,
         base: None,
         base_files: Vec::new(),
         domain: None,
         copied_from: None,
     };
-    serde_json::to_vec(&Info::new(machine)).unwrap()
+    Info::new(machine)
+}
+
+fn description() -> Vec<u8> {
+    serde_json::to_vec(&info()).unwrap()
 }
 
 /// An archive with entries of a test's choice.
@@ -78,7 +82,7 @@ fn refusal(packed: &Packed) -> String {
     fs::create_dir(&into).unwrap();
     let refused = verify(&packed.path, &|_| ()).unwrap_err().to_string();
     // The second reading refuses it, too.
-    extract(&packed.path, &into, &|_| ()).unwrap_err();
+    extract(&packed.path, &info(), &into, &|_| ()).unwrap_err();
     fs::remove_dir_all(&into).unwrap();
     refused
 }
@@ -86,9 +90,14 @@ fn refusal(packed: &Packed) -> String {
 #[test]
 fn archive_is_verified_and_extracted_as_it_was_written() {
     let folder = tempfile::tempdir().unwrap();
-    let info = description();
-    let contents: [(&str, &[u8]); 4] =
-        [(INFO, &info), (DISK, b"disk"), (MEMORY, &[7; 3_000_000]), ("vmlinuz-6.1+x", b"")];
+    let description = description();
+    let contents: [(&str, &[u8]); 5] = [
+        (INFO, &description),
+        (DISK, b"disk"),
+        (MEMORY, &[7; 3_000_000]),
+        ("vmlinuz-6.1+x", b""),
+        ("tpm.state", b"keys"),
+    ];
     let file = |(name, content): &(&str, &[u8])| {
         let path = folder.path().join(name);
         fs::write(&path, content).unwrap();
@@ -102,12 +111,15 @@ fn archive_is_verified_and_extracted_as_it_was_written() {
     assert_eq!(verify(&path, &|_| ()).unwrap().0.machine.name, "m");
     let into = folder.path().join("into");
     fs::create_dir(&into).unwrap();
-    extract(&path, &into, &|_| ()).unwrap();
+    extract(&path, &info(), &into, &|_| ()).unwrap();
     for (name, content) in contents {
         assert!(fs::read(into.join(name)).unwrap() == content, "{name}");
+        let mode = fs::metadata(into.join(name)).unwrap().permissions().mode() & 0o777;
+        let is_secret = [MEMORY, "tpm.state"].contains(&name);
+        assert_eq!(mode, if is_secret { 0o600 } else { 0o644 }, "{name}");
     }
     // Nothing is replaced.
-    assert!(extract(&path, &into, &|_| ()).is_err());
+    assert!(extract(&path, &info(), &into, &|_| ()).is_err());
 }
 
 #[test]
