@@ -154,8 +154,12 @@ pub fn command(
 /// The state cannot be read, or the file cannot be written.
 pub fn save(memory: &File, path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::io("write the state of the TPM to", path, &error);
-    let mut content =
-        vec![0; usize::try_from(memory.metadata().map_err(failed)?.len().min(MAX_STATE)).unwrap_or(0)];
+    let size = memory.metadata().map_err(failed)?.len();
+    if size > MAX_STATE {
+        let reason = format!("the state of the TPM has {size} bytes, and at most {MAX_STATE} are possible");
+        return Err(Error::failed(reason).advice("Make the machine without a TPM, or with another swtpm"));
+    }
+    let mut content = vec![0; usize::try_from(size).unwrap_or(0)];
     memory.read_exact_at(&mut content, 0).map_err(failed)?;
     let output = Output::at(path)?;
     let mut file = output.file();
@@ -252,6 +256,10 @@ mod tests {
         let saved = folder.path().join("saved");
         std::fs::write(&path, "later").unwrap();
         save(&memory(Some(&path)).unwrap(), &saved).unwrap();
+        assert_eq!(std::fs::read(&saved).unwrap(), b"later");
+        let large = memory(None).unwrap();
+        large.set_len(MAX_STATE + 1).unwrap();
+        assert!(save(&large, &saved).unwrap_err().to_string().contains("at most"));
         assert_eq!(std::fs::read(&saved).unwrap(), b"later");
     }
 }

@@ -71,7 +71,10 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
     let made = (|| {
         unfinished.hold(cwd, &entries)?;
-        let plan = Plan { info, files: other_files(&folder)?, ready: &snapshot.ready };
+        let mut files = other_files(&folder)?;
+        // The installed disk boots with a new TPM, whose state the snapshot gets.
+        files.retain(|(_, name)| info.machine.tpm_state.as_ref() != Some(name));
+        let plan = Plan { info, files, ready: &snapshot.ready };
         let ready = make(context, &plan, &mut unfinished, &folder)?;
         let notes = publish(context, &entries, &folder, unfinished.machine_folder())?;
         let notes = warnings.into_iter().chain(notes).collect();
