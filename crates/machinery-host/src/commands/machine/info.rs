@@ -12,6 +12,7 @@ use machinery::config::ConfigFile;
 use machinery::{Error, Result};
 use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 use serde_yaml::{Mapping, Value};
 
 use super::context::{KVM, MACHINERY};
@@ -120,7 +121,7 @@ impl Info {
                 } else if let Some(before) = arg.strip_suffix(&last) {
                     *arg = format!("{before}={path}");
                 } else {
-                    let json = (format!("\"{name}\""), format!("\"{path}\""));
+                    let json = (Json::from(name.as_str()).to_string(), Json::from(path.as_str()).to_string());
                     *arg = arg.replace(&value, &format!("={path},")).replace(&json.0, &json.1);
                 }
             }
