@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -94,6 +95,7 @@ fn variables_and_tpm_are_those_of_the_snapshot_in_each_run() {
     let (lab, probe) = lab();
     restores_the_snapshots_state(&lab, &probe);
     boots_with_the_snapshots_tpm_which_ends_with_its_qemu(&lab, &probe);
+    has_a_new_tpm_in_a_new_snapshot(&lab, &probe);
     moves_with_its_variables_and_tpm(&lab, &probe);
     lab.assert_clean();
 }
@@ -148,6 +150,27 @@ fn boots_with_the_snapshots_tpm_which_ends_with_its_qemu(lab: &Lab, probe: &Gues
     assert!(host.terminate().unwrap().success());
 }
 
+fn has_a_new_tpm_in_a_new_snapshot(lab: &Lab, probe: &GuestProbe) {
+    let old = fs::read(folder(lab).join("tpm.state")).unwrap();
+    let ran = lab.run(&["machine", "snapshot", "m"]).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_ne!(fs::read(folder(lab).join("tpm.state")).unwrap(), old);
+    assert_secrets_are_private(lab);
+    let (mut host, mut client) = lab.serve().unwrap();
+    client.perform("restore_start", "m");
+    // The old TPM has the index already.
+    assert_eq!(state(probe, "")["defined"], SUCCESS);
+    client.perform("stop", "m");
+    assert!(host.terminate().unwrap().success());
+}
+
+fn assert_secrets_are_private(lab: &Lab) {
+    for name in ["memory.zst", "tpm.state"] {
+        let mode = fs::metadata(folder(lab).join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+}
+
 fn moves_with_its_variables_and_tpm(lab: &Lab, probe: &GuestProbe) {
     let file = lab.cwd().root().join("m.machine").display().to_string();
     for words in [
@@ -158,6 +181,7 @@ fn moves_with_its_variables_and_tpm(lab: &Lab, probe: &GuestProbe) {
         let ran = lab.run(words).unwrap();
         assert_eq!(ran.code, Some(0), "{ran:?}");
     }
+    assert_secrets_are_private(lab);
     let (mut host, mut client) = lab.serve().unwrap();
     run(&mut client, lab, probe);
     assert!(host.terminate().unwrap().success());
