@@ -433,11 +433,12 @@ fn assert_exchange_is_refused_or_undone(lab: &Lab, import: &[&str], entry: &str)
     lab.assert_nothing_made("an entry that cannot be removed");
     cwd.write_yaml("kvm", entry).unwrap();
     // While the command waits for the lock of the configuration, somebody else adds a machine of the same name.
-    let lock = fs::File::open(lab.root().join("operational/generated/machinery-host")).unwrap();
-    flock(&lock, FlockOperation::LockExclusive).unwrap();
     let mut command = host::command(cwd).unwrap();
     command.arg("-v").args(import);
     let mut importing = LoggedCommand::start(command);
+    importing.wait_for("copying the memory");
+    let lock = fs::File::open(lab.root().join("operational/generated/machinery-host")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
     importing.wait_for("adding the machine to the configuration");
     let qemu = cwd.yaml("qemu").unwrap();
     let other = "  m: {qcow2_path: /x, snapshot_path: /x, machineinfo_path: /x, ip: 127.9.9.9, platform: linux, \
@@ -445,7 +446,7 @@ fn assert_exchange_is_refused_or_undone(lab: &Lab, import: &[&str], entry: &str)
     cwd.write_yaml("qemu", &format!("{qemu}{other}")).unwrap();
     drop(lock);
     let (code, log) = importing.end();
-    assert!(code == Some(1) && log.contains("has this machine already"), "{code:?}: {log}");
+    assert!(code == Some(2) && log.contains("has this machine already"), "{code:?}: {log}");
     cwd.write_yaml("qemu", &qemu).unwrap();
     assert_eq!(cwd.yaml("kvm").unwrap(), entry);
     lab.assert_nothing_made("an exchange that is undone");
@@ -456,6 +457,9 @@ fn domain_of_a_machine_of_kvm_is_replaced_when_the_operator_says_so() {
     let lab = small();
     let cwd = lab.kvm.cwd();
     cwd.list_machineries(&["qemu", "kvm"]).unwrap();
+    // A standby is a domain that is on.
+    let settings = "{qemu: {standby: off, instant_space_limit: 4 GiB}, kvm: {standby: off}}";
+    cwd.host_yaml(&format!("machineries: {settings}\n")).unwrap();
     let entry = format!(
         "dsn: {}\ninterface: lo\nmachines:\n  # one\n  m:\n    label: m\n    ip: {}\n    platform: windows\n    \
          os_version: 10\n    tags: [office, java]\n",

@@ -134,14 +134,7 @@ fn plan(
     replaced: Option<DomainEntry>,
     others: &[Plan],
 ) -> Result<Plan> {
-    if let Some(DomainEntry { name, .. }) = replaced.as_ref().filter(|_| !options.replace) {
-        let reason =
-            format!("kvm.yaml has its domain as the machine '{name}', and no two machines share an address");
-        let advice =
-            "Add --replace to remove that entry once the new machine is restored, or remove it yourself";
-        return Err(Error::configuration(reason).advice(advice));
-    }
-    replaced.iter().try_for_each(|entry| expect_removable(context, entry))?;
+    replaced.iter().try_for_each(|entry| expect_replaceable(context, options, entry))?;
     let (name, ip, mac) = (&domain.name, domain.text("ip"), domain.text("mac_address"));
     let mac = Some(mac).filter(|mac| !mac.is_empty());
     let replaced_name = replaced.as_ref().map(|entry| entry.name.as_str());
@@ -188,6 +181,19 @@ fn plan(
         copied_from: Some(origin(&domain)?),
     });
     Ok(Plan { domain, info, files, folder, replaced })
+}
+
+/// Expects that the entry of the domain is to be removed, and can be.
+fn expect_replaceable(context: &Context<'_>, options: &OptionsForQemu, entry: &DomainEntry) -> Result<()> {
+    if options.replace {
+        return expect_removable(context, entry);
+    }
+    let reason = format!(
+        "kvm.yaml has its domain as the machine '{}', and no two machines share an address",
+        entry.name
+    );
+    let advice = "Add --replace to remove that entry once the new machine is restored, or remove it yourself";
+    Err(Error::configuration(reason).advice(advice))
 }
 
 /// The port of Cuckoo's agent.

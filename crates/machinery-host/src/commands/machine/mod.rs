@@ -23,7 +23,7 @@
 //! | `section` | the section in `machinery-host.yaml`; the lock of the configuration |
 //! | `base`, `changed` | the installed disk, which has to stay as it was; those that have not |
 //! | `dependents` | the machines that need the files of another one |
-//! | `unfinished`, `locks`, `interrupt` | the record of an unfinished machine; signals |
+//! | `unfinished`, `record`, `locks`, `interrupt` | the record of an unfinished machine; signals |
 //! | `leftovers` | the end of runs and domains that a command has left |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
@@ -53,6 +53,7 @@ mod make;
 mod options;
 mod publish;
 mod ready;
+mod record;
 mod remove;
 mod replaced;
 mod section;

@@ -17,46 +17,23 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
-use serde::{Deserialize, Serialize};
 use serde_yaml::Mapping;
 
 use super::context::Context;
 use super::domain::{DomainEntry, Recorded};
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
 use super::locks::{NEW, records, try_lock};
+use super::record::{RECORD, Record};
 use super::replaced::Replaced;
 use super::section::{section_of, withdraw};
 use super::{host, leftovers};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
-
-const RECORD: &str = "record.json";
 
 /// The record of an unfinished machine.
 pub struct Unfinished {
     folder: PathBuf,
     record: Record,
     _lock: File,
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Record {
-    name: String,
-    /// The folder of the machine that is made.
-    folder: PathBuf,
-    /// The setup of the plugin, once it has one.
-    setup: Option<Setup>,
-    /// The domain, if the machine is one of the machinery `kvm`.
-    #[serde(default)]
-    domain: Option<Recorded>,
-    /// The entries whose machines a host holds while the command is at work.
-    #[serde(default)]
-    held: Vec<String>,
-    /// The section of `machinery-host.yaml` that is removed if the configuration does not have the machine.
-    #[serde(default)]
-    section: Option<Mapping>,
-    /// The entry of `kvm.yaml` that comes back if the configuration does not have the machine.
-    #[serde(default)]
-    replaced: Option<Replaced>,
 }
 
 /// A record that was cleared.
@@ -269,33 +246,6 @@ impl Unfinished {
                 Err(remains) => Err(error.detail(&format!("and something remains of it: {remains}"))),
             },
         }
-    }
-}
-
-impl Record {
-    fn machinery(&self) -> &'static str {
-        leftovers::machinery_of(self.domain.as_ref())
-    }
-
-    /// Has a running host release the machines.
-    fn release(&self, cwd: &Cwd) {
-        if self.held.is_empty() {
-            return;
-        }
-        if let Err(error) = host::release(cwd, self.machinery(), &self.held) {
-            tracing::warn!(machine = self.name, %error, "the host may still hold the machine: see `enable-machine`");
-        }
-    }
-
-    fn write(&self, folder: &Path) -> Result<()> {
-        let path = folder.join(RECORD);
-        let written = serde_json::to_vec(self).map_err(io::Error::other).and_then(|text| {
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            io::Write::write_all(&mut file, &text)?;
-            file.as_file().sync_all()?;
-            file.persist(&path).map_err(|failed| failed.error)
-        });
-        written.map(drop).map_err(|error| Error::io("write", &path, &error))
     }
 }
 
