@@ -457,8 +457,8 @@ fn domain_of_a_machine_of_kvm_is_replaced_when_the_operator_says_so() {
     let lab = small();
     let cwd = lab.kvm.cwd();
     cwd.list_machineries(&["qemu", "kvm"]).unwrap();
-    // A standby is a domain that is on.
-    let settings = "{qemu: {standby: off, instant_space_limit: 4 GiB}, kvm: {standby: off}}";
+    // The domain of a standby is on, and so is one of which the host makes a save image.
+    let settings = "{qemu: {standby: off, instant_space_limit: 4 GiB}, kvm: {instant: off, standby: off}}";
     cwd.host_yaml(&format!("machineries: {settings}\n")).unwrap();
     let entry = format!(
         "dsn: {}\ninterface: lo\nmachines:\n  # one\n  m:\n    label: m\n    ip: {}\n    platform: windows\n    \
