@@ -57,8 +57,9 @@ impl Files {
     /// Returns the bytes that the machine's files need at most.
     pub fn bytes(&self, domain: &DomainForQemu) -> Result<u64> {
         let disks = if self.disks == Disks::Copy { used(self.chains.iter().flatten()) } else { 0 };
-        let files = used(domain.files.iter().map(|(path, _)| path));
-        Ok(disks.saturating_add(files).saturating_add(memory(domain)?.size()))
+        // A copy of such a file has no holes.
+        let lengths = domain.files.iter().map(|(path, _)| path.metadata().map_or(0, |found| found.len()));
+        Ok(lengths.chain([memory(domain)?.size()]).fold(disks, u64::saturating_add))
     }
 
     /// Writes the files into the folder of the machine.
