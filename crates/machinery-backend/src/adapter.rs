@@ -26,8 +26,8 @@ use machinery::{
 };
 
 use crate::backend::{Backend, PrepareOrigin};
-use crate::budget::{Keeper, Standbys};
 use crate::concurrent;
+use crate::keeper::{Keeper, Standbys};
 use crate::machine_set::{MachineSet, ReloadPlan, Reloadable};
 use crate::shared::Shared;
 

@@ -7,11 +7,10 @@
 //!                                                                            └─▶ memory is free: the host prepares it
 //! ```
 //!
-//! A share of `auto` is given back under pressure, and the machine with the fewest restores gives back first. A machine
+//! The [keeper](crate::keeper) looks at the memory. A share of `auto` is given back under pressure, and the machine with the fewest restores gives back first. A machine
 //! that waits is prepared once its standby fits, the one with the most restores first.
 
 mod computer;
-mod keeper;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +21,6 @@ use machinery::format_bytes;
 use serde::Deserialize;
 
 pub use computer::Memory;
-pub use keeper::{Keeper, Standbys};
 
 use crate::sync::lock;
 
@@ -43,8 +41,8 @@ pub enum Standby {
 #[derive(Debug)]
 pub struct Budget {
     limit: AtomicU64,
-    reserve: AtomicU64,
-    claims: Mutex<Claims>,
+    pub(crate) reserve: AtomicU64,
+    pub(crate) claims: Mutex<Claims>,
 }
 
 /// The part of a [`Budget`] that one standby holds. Dropping it returns the memory.
@@ -57,29 +55,29 @@ pub struct Share {
 
 /// The shares, and the machines that wait for one.
 #[derive(Debug, Default)]
-struct Claims {
-    held: BTreeMap<u64, Held>,
-    last_number: u64,
+pub(crate) struct Claims {
+    pub(crate) held: BTreeMap<u64, Held>,
+    pub(crate) last_number: u64,
     /// The memory that each waiting machine needs, in bytes.
-    waiting: BTreeMap<String, u64>,
+    pub(crate) waiting: BTreeMap<String, u64>,
     /// The number of restores of each machine.
-    restores: BTreeMap<String, u64>,
+    pub(crate) restores: BTreeMap<String, u64>,
     /// The memory at the last look, and its time.
-    seen: Option<(Instant, Memory)>,
+    pub(crate) seen: Option<(Instant, Memory)>,
     /// The time of the last pressure.
-    pressed: Option<Instant>,
+    pub(crate) pressed: Option<Instant>,
     /// The shares whose return was asked for. One that is still held is asked again after all others.
-    asked_back: BTreeSet<u64>,
+    pub(crate) asked_back: BTreeSet<u64>,
 }
 
 /// A share, as the budget keeps it.
 #[derive(Debug)]
-struct Held {
-    machine: String,
-    bytes: u64,
-    is_automatic: bool,
+pub(crate) struct Held {
+    pub(crate) machine: String,
+    pub(crate) bytes: u64,
+    pub(crate) is_automatic: bool,
     /// True until the standby has touched its memory.
-    is_loading: bool,
+    pub(crate) is_loading: bool,
 }
 
 impl Budget {
@@ -149,7 +147,7 @@ impl Budget {
     }
 
     /// Describes how a standby of that size would exceed the limit, if it would once others have given `given` bytes back.
-    fn excess(&self, claims: &Claims, bytes: u64, given: u64) -> Option<String> {
+    pub(crate) fn excess(&self, claims: &Claims, bytes: u64, given: u64) -> Option<String> {
         let (used, limit) = (claims.used().saturating_sub(given), self.limit.load(Ordering::SeqCst));
         (used.saturating_add(bytes) > limit).then(|| {
             format!(
@@ -163,7 +161,7 @@ impl Budget {
 
     /// Describes the lack of free memory for an automatic standby of that size, if there is one once others have given
     /// `given` bytes back.
-    fn shortage(&self, claims: &Claims, memory: Memory, bytes: u64, given: u64) -> Option<String> {
+    pub(crate) fn shortage(&self, claims: &Claims, memory: Memory, bytes: u64, given: u64) -> Option<String> {
         let reserve = self.reserve.load(Ordering::SeqCst);
         let free = memory.available.saturating_sub(claims.loading()).saturating_add(given);
         (free < bytes.saturating_add(reserve)).then(|| {
@@ -187,7 +185,7 @@ impl Claims {
         self.held.values().filter(|held| held.is_loading).map(|held| held.bytes).sum()
     }
 
-    fn restores_of(&self, machine: &str) -> u64 {
+    pub(crate) fn restores_of(&self, machine: &str) -> u64 {
         self.restores.get(machine).copied().unwrap_or(0)
     }
 }

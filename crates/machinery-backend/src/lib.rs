@@ -26,7 +26,8 @@
 //! | `memory_file` | [`MemoryFile`]: a file in memory that a hypervisor writes, such as a screenshot |
 //! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
 //! | [`elf`] | a memory dump as an ELF core file |
-//! | `budget`, `readiness`, `steps` | [`Budget`], [`ReadinessReport`], [`Steps`]: memory for standbys, and reports to the host |
+//! | `budget`, `keeper` | [`Budget`]: memory for standbys, and the thread that gives automatic ones back |
+//! | `readiness`, `steps` | [`ReadinessReport`], [`Steps`]: reports to the host |
 //! | `space` | [`DiskSpace`]: the free space that runs leave |
 //! | `rate` | [`RateLimit`], [`LogLimit`]: a limit for what a guest can cause as often as it likes |
 //! | [`refuse`] | errors of actions that a machine's state does not allow |
@@ -44,6 +45,7 @@ pub mod files;
 pub mod hash;
 mod intake;
 pub mod jail;
+mod keeper;
 mod machine_set;
 mod memory_file;
 mod output;

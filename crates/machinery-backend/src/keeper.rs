@@ -17,7 +17,7 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Budget, Claims, Held, Memory};
+use crate::budget::{Budget, Claims, Held, Memory};
 use crate::sync::lock;
 
 /// The time between two looks.
