@@ -82,7 +82,7 @@ impl Served {
 
 #[test]
 fn domains_of_one_name_are_two_machines_when_their_libvirts_differ() {
-    let mut served = Served::new("machineries: {kvm: {standby: off}}\n");
+    let mut served = Served::new("");
     let checked = served.lab.run(&["-v", "check"]).unwrap();
     assert_eq!(checked.code, Some(0), "{}", checked.stdout);
     for libvirtd in [served.lab.libvirtd(), served.lab.other_libvirtd()] {
