@@ -97,6 +97,7 @@ fn snapshot_is_restored_when_it_was_taken_of_a_running_paused_or_shut_off_domain
 #[test]
 fn restore_uses_the_current_snapshot_when_none_is_named_and_lists_them_when_it_is_missing() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {standby: off}}\n").unwrap();
     take_snapshot(&lab, "later", "running");
     let yaml = lab.cwd().yaml("kvm").unwrap();
     lab.change_yaml("    ip:", "    snapshot: none-of-that-name\n    ip:").unwrap();
@@ -217,6 +218,7 @@ fn qemu_io(lab: &KvmLab, command: &str) -> String {
 #[test]
 fn cold_start_has_the_disk_of_the_snapshot() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {standby: off}}\n").unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_does(&mut client, "restore_start", "m");
