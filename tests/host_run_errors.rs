@@ -132,7 +132,9 @@ fn run_error_is_there_when_an_action_takes_the_machine_out_of_the_pool() {
 
 #[test]
 fn run_is_not_lost_after_the_hosts_next_start_when_its_guest_had_powered_itself_off() {
-    let cwd = ScratchCwd::double(&[("m", "poweroff_after_ms: 1")]).unwrap();
+    let cwd =
+        ScratchCwd::double(&[("m", "poweroff_after_ms: 1, poweroff_reason: the guest powered itself off")])
+            .unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = host.client().unwrap();
     subscriber.subscribe().unwrap();
