@@ -1,19 +1,16 @@
 //! The memory of this computer that templates need for a while.
 
-use std::fs;
 use std::io;
 
 use machinery::{Error, format_bytes};
-use machinery_backend::process::bytes_of;
+use machinery_backend::Memory;
 
 /// The memory of this computer, in bytes, that a build leaves to running guests.
 const MIN_FREE_MEMORY: u64 = 512 << 20;
 
-/// Describes a lack of memory for work that needs that much, in bytes; `None` if there is enough. Source: `MemAvailable` in
-/// proc_meminfo(5), in KiB.
+/// Describes a lack of memory for work that needs that much, in bytes; `None` if there is enough.
 pub fn memory_shortage(what: &str, needed: u64) -> Option<String> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let available = bytes_of(&text, "MemAvailable:")?;
+    let available = Memory::now()?.available;
     (needed.saturating_add(MIN_FREE_MEMORY) > available).then(|| {
         format!(
             "{what} takes {} of memory, and only {} are available",
