@@ -7,12 +7,13 @@
 //!                                                                            └─▶ memory is free: the host prepares it
 //! ```
 //!
-//! The [keeper](crate::keeper) looks at the memory. A share of `auto` is given back under pressure, and the machine with the fewest restores gives back first. A machine
-//! that waits is prepared once its standby fits, the one with the most restores first.
+//! The [keeper](crate::keeper) looks at the memory. A share of `auto` is given back under pressure, and the machine with the
+//! fewest restores gives back first. A machine that waits is prepared once its standby fits, the one with the most restores
+//! first.
 
 mod computer;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -66,8 +67,6 @@ pub(crate) struct Claims {
     pub(crate) seen: Option<(Instant, Memory)>,
     /// The time of the last pressure.
     pub(crate) pressed: Option<Instant>,
-    /// The shares whose return was asked for. One that is still held is asked again after all others.
-    pub(crate) asked_back: BTreeSet<u64>,
 }
 
 /// A share, as the budget keeps it.
@@ -78,6 +77,8 @@ pub(crate) struct Held {
     pub(crate) is_automatic: bool,
     /// True until the standby has touched its memory.
     pub(crate) is_loading: bool,
+    /// The number of requests for its return. One that is still held is asked again after all others.
+    pub(crate) asked_back: u32,
 }
 
 impl Budget {
@@ -133,7 +134,7 @@ impl Budget {
         claims.last_number += 1;
         let number = claims.last_number;
         let is_automatic = mode == Standby::Auto;
-        let held = Held { machine: machine.to_owned(), bytes, is_automatic, is_loading: true };
+        let held = Held { machine: machine.to_owned(), bytes, is_automatic, is_loading: true, asked_back: 0 };
         claims.held.insert(number, held);
         Share { budget: Arc::clone(self), number, bytes }
     }

@@ -126,7 +126,7 @@ impl Claims {
         waiting
     }
 
-    /// Returns the automatic standbys that are loaded, of machines with fewer restores than that.
+    /// Returns the numbers of the automatic standbys that are loaded, of machines with fewer restores than that.
     fn loaded(&self, fewer_than: u64) -> impl Iterator<Item = (u64, &Held)> {
         let held = self.held.iter().map(|(number, held)| (*number, held));
         held.filter(move |(_, held)| {
@@ -136,18 +136,12 @@ impl Claims {
 
     /// Gives back the automatic standby with the fewest restores, if they are fewer than that. Its machine waits then.
     fn give_back_least(&mut self, fewer_than: u64, why: &'static str) -> Option<Step> {
-        let order = |(number, held): &(u64, &Held)| {
-            (self.asked_back.contains(number), self.restores_of(&held.machine))
-        };
-        let (number, held) = self.loaded(fewer_than).min_by_key(order)?;
-        let (machine, bytes, was_asked) =
-            (held.machine.clone(), held.bytes, self.asked_back.contains(&number));
-        if was_asked {
-            self.asked_back.clear();
-        }
-        self.asked_back.insert(number);
-        self.waiting.insert(machine.clone(), bytes);
-        Some(Step::GiveBack(machine, why))
+        let order = |(_, held): &(u64, &Held)| (held.asked_back, self.restores_of(&held.machine));
+        let (number, _) = self.loaded(fewer_than).min_by_key(order)?;
+        let held = self.held.get_mut(&number)?;
+        held.asked_back += 1;
+        self.waiting.insert(held.machine.clone(), held.bytes);
+        Some(Step::GiveBack(held.machine.clone(), why))
     }
 }
 
