@@ -100,7 +100,8 @@ fn run_is_adopted_and_goes_on_when_its_host_was_killed() {
 
 #[test]
 fn host_uses_no_processor_time_when_it_has_adopted_a_standby_and_is_idle() {
-    let lab = lab("instant: auto, standby: auto");
+    // With an automatic standby, the host looks at the free memory each second.
+    let lab = lab("instant: auto, standby: on");
     let (mut host, mut client) = served(&lab);
     until_standby(&mut client);
     host.kill().unwrap();

@@ -15,7 +15,7 @@ mod computer;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use machinery::format_bytes;
@@ -44,6 +44,8 @@ pub struct Budget {
     limit: AtomicU64,
     pub(crate) reserve: AtomicU64,
     pub(crate) claims: Mutex<Claims>,
+    /// Wakes the keeper when it gets work, or its end.
+    pub(crate) woken: Condvar,
 }
 
 /// The part of a [`Budget`] that one standby holds. Dropping it returns the memory.
@@ -67,6 +69,8 @@ pub(crate) struct Claims {
     pub(crate) seen: Option<(Instant, Memory)>,
     /// The time of the last pressure.
     pub(crate) pressed: Option<Instant>,
+    /// True once the keeper is dropped.
+    pub(crate) is_unkept: bool,
 }
 
 /// A share, as the budget keeps it.
@@ -85,8 +89,12 @@ impl Budget {
     /// Creates a budget: `limit` bytes for all standbys, by default half the memory of this computer, and `reserve` bytes
     /// that automatic standbys leave free, by default an eighth of the memory and at least 1 GiB.
     pub fn new(limit: Option<u64>, reserve: Option<u64>) -> Arc<Budget> {
-        let budget =
-            Budget { limit: AtomicU64::default(), reserve: AtomicU64::default(), claims: Mutex::default() };
+        let budget = Budget {
+            limit: AtomicU64::default(),
+            reserve: AtomicU64::default(),
+            claims: Mutex::default(),
+            woken: Condvar::new(),
+        };
         budget.set_limits(limit, reserve);
         Arc::new(budget)
     }
@@ -114,6 +122,7 @@ impl Budget {
         if let Some(why) = refused {
             if mode == Standby::Auto {
                 claims.waiting.insert(machine.to_owned(), bytes);
+                self.woken.notify_all();
             }
             return Err(why);
         }
@@ -136,6 +145,7 @@ impl Budget {
         let is_automatic = mode == Standby::Auto;
         let held = Held { machine: machine.to_owned(), bytes, is_automatic, is_loading: true, asked_back: 0 };
         claims.held.insert(number, held);
+        self.woken.notify_all();
         Share { budget: Arc::clone(self), number, bytes }
     }
 

@@ -7,18 +7,21 @@
 //!             far fewer restores ───────────▶ the least restored of these is given back
 //! ```
 //!
+//! Without an automatic standby, and without a machine that waits for one, the thread sleeps: an idle host needs no processor.
+//!
 //! Pressure is a lack of free memory, or processes that wait for memory while little is free. Waits alone are none: the
 //! page cache causes them on a computer that reads much, and a standby less would not end them.
 
 use std::cmp::Reverse;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use machinery::Deadline;
+
 use crate::budget::{Budget, Claims, Held, Memory};
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 
 /// The time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -46,24 +49,40 @@ pub trait Standbys: Send + 'static {
 
 /// The thread, which ends when this value is dropped.
 #[derive(Debug)]
-pub struct Keeper(#[expect(dead_code, reason = "its end is the message")] Sender<()>);
+pub struct Keeper(Arc<Budget>);
 
 impl Keeper {
     /// Starts the thread; `None` if the computer has no thread for it, so that nothing is given back.
     pub fn start(budget: Arc<Budget>, standbys: impl Standbys) -> Option<Keeper> {
-        let (keeper, end) = mpsc::channel();
+        let keeper = Keeper(Arc::clone(&budget));
         let keep = move || {
-            while end.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            while budget.wait_for_look() {
                 budget.keep(&standbys);
             }
         };
         let started = thread::Builder::new().name("standbys".to_owned()).spawn(keep);
         started.inspect_err(|error| tracing::error!(%error, "automatic standbys are not given back")).ok()?;
-        Some(Keeper(keeper))
+        Some(keeper)
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        lock(&self.0.claims).is_unkept = true;
+        self.0.woken.notify_all();
     }
 }
 
 impl Budget {
+    /// Waits until the keeper has to look at the memory; false if it has to end.
+    fn wait_for_look(&self) -> bool {
+        let is_idle = |claims: &mut Claims| !claims.is_unkept && !claims.need_looks();
+        let claims = self.woken.wait_while(lock(&self.claims), is_idle);
+        let claims = claims.unwrap_or_else(PoisonError::into_inner);
+        let next = Deadline::after(INTERVAL);
+        !wait_while(&self.woken, claims, next, |claims| !claims.is_unkept).is_unkept
+    }
+
     fn keep(&self, standbys: &impl Standbys) {
         let Some(memory) = Memory::now() else { return };
         // The claims are free again while the standby ends, which returns its share.
@@ -119,6 +138,10 @@ impl Budget {
 }
 
 impl Claims {
+    fn need_looks(&self) -> bool {
+        !self.waiting.is_empty() || self.held.values().any(|held| held.is_automatic)
+    }
+
     /// Returns the waiting machines and the memory that each needs, the one with the most restores first.
     fn most_wanted(&self) -> Vec<(String, u64)> {
         let mut waiting: Vec<_> = self.waiting.iter().map(|(name, bytes)| (name.clone(), *bytes)).collect();
