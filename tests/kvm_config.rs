@@ -45,12 +45,7 @@ fn add_argument(lab: &KvmLab, label: &str, option: &str, value: &str) {
         "<commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'><arg value='{option}'/>\
          <arg value='{value}'/></commandline></domain>"
     );
-    let with = |xml: String| xml.replace("</domain>", &added);
-    let libvirtd = lab.libvirtd();
-    let snapshot = with(libvirtd.virsh(&["snapshot-dumpxml", "--security-info", label, SNAPSHOT]).unwrap());
-    let domain = with(libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label]).unwrap());
-    libvirtd.virsh_with_file(&["define"], &domain, &[]).unwrap();
-    libvirtd.virsh_with_file(&["snapshot-create", label], &snapshot, &["--redefine", "--current"]).unwrap();
+    lab.change_domain(label, |xml| xml.replace("</domain>", &added)).unwrap();
 }
 
 #[test]

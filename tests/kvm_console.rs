@@ -9,7 +9,6 @@ use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::KvmLab;
-use machinery_testkit::libvirt::SNAPSHOT;
 use machinery_testkit::viewer::{self, Viewer};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
@@ -23,12 +22,8 @@ fn good() -> Value {
 /// Makes a lab with the machine `m`, whose domain and snapshot have a VNC server.
 fn lab_with_graphics() -> KvmLab {
     let lab = KvmLab::new(&[("m", Guest::Micro)]).unwrap();
-    let (libvirtd, label) = (lab.libvirtd(), &lab.machine("m").label);
-    let with = |text: String| text.replace("<video>", &format!("{GRAPHICS}<video>"));
-    let snapshot = with(libvirtd.virsh(&["snapshot-dumpxml", "--security-info", label, SNAPSHOT]).unwrap());
-    let domain = with(libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label]).unwrap());
-    libvirtd.virsh_with_file(&["define"], &domain, &[]).unwrap();
-    libvirtd.virsh_with_file(&["snapshot-create", label], &snapshot, &["--redefine", "--current"]).unwrap();
+    let with = |text: &str| text.replace("<video>", &format!("{GRAPHICS}<video>"));
+    lab.change_domain(&lab.machine("m").label, with).unwrap();
     lab
 }
 

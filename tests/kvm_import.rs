@@ -65,17 +65,11 @@ fn describe(lab: &KvmLab, label: &str, card: Option<usize>) {
             mac(number)
         )
     });
-    let with = |xml: String| {
+    let with = |xml: &str| {
         let xml = xml.replace("</uuid>", &format!("</uuid>{system}"));
         card.as_ref().map_or(xml.clone(), |card| xml.replace("</devices>", card))
     };
-    let libvirtd = lab.libvirtd();
-    let snapshot = with(libvirtd.virsh(&["snapshot-dumpxml", "--security-info", label, SNAPSHOT]).unwrap());
-    let domain = with(libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label]).unwrap());
-    // libvirt compares the cards of an old snapshot with those of its new description.
-    libvirtd.virsh(&["snapshot-delete", label, SNAPSHOT, "--metadata"]).unwrap();
-    libvirtd.virsh_with_file(&["define"], &domain, &[]).unwrap();
-    libvirtd.virsh_with_file(&["snapshot-create", label], &snapshot, &["--redefine", "--current"]).unwrap();
+    lab.change_domain(label, with).unwrap();
 }
 
 #[track_caller]

@@ -265,7 +265,11 @@ fn restore_advises_what_to_do_when_the_current_snapshot_is_of_a_run() {
 
 /// Returns a lab whose QEMUs have a user of their own. The user may reach the disk, and `configure` sets its owner and mode.
 fn lab_of_user(dynamic: bool, owner: u32, mode: u32) -> KvmLab {
-    let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab_of_user_with(&[MICRO], dynamic, owner, mode)
+}
+
+fn lab_of_user_with(machines: &[(&str, Guest)], dynamic: bool, owner: u32, mode: u32) -> KvmLab {
+    let lab = KvmLab::new(machines).unwrap();
     lab.cwd().host_yaml(IMAGES).unwrap();
     let conf = lab.cwd().root().join("libvirt/etc/libvirt/qemu.conf");
     let text = format!(
@@ -276,7 +280,9 @@ fn lab_of_user(dynamic: bool, owner: u32, mode: u32) -> KvmLab {
     fs::write(conf, text).unwrap();
     lab.libvirtd().kill_daemon().unwrap();
     lab.libvirtd().start_daemon().unwrap();
-    set_owner(&disk(&lab), owner, mode);
+    for (name, _) in machines {
+        set_owner(&lab.machine(name).disk, owner, mode);
+    }
     lab
 }
 
@@ -344,6 +350,64 @@ fn disk_belongs_to_its_owner_again_when_qemus_user_may_not_read_it() {
     fixture.restore();
     assert_eq!(owner(&disk), 0);
     fixture.act("stop");
+    fixture.finish();
+}
+
+/// Puts an empty image below the disks of both machines.
+fn share_base(lab: &KvmLab, machines: [&str; 2]) -> PathBuf {
+    let base = lab.cwd().root().join("base.qcow2");
+    let qemu_img = |arguments: &[&str]| {
+        assert!(Command::new("qemu-img").args(arguments).status().unwrap().success(), "{arguments:?}");
+    };
+    let name = base.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", name, "64M"]);
+    for machine in machines {
+        let disk = lab.machine(machine).disk.to_str().unwrap();
+        qemu_img(&["rebase", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", disk]);
+    }
+    set_owner(&base, 0, 0o644);
+    for machine in machines {
+        let label = &lab.machine(machine).label;
+        // Without the mark of a chain's end, libvirt looks for the base itself.
+        lab.change_domain(label, |xml| xml.replace("<backingStore/>", "")).unwrap();
+    }
+    base
+}
+
+#[test]
+fn base_belongs_to_its_owner_again_after_the_last_of_its_runs() {
+    if !requirement::is_root() {
+        return;
+    }
+    let lab = lab_of_user_with(&[MICRO, ("n", Guest::Micro)], true, 0, 0o600);
+    lab.cwd().host_yaml("machineries: {kvm: {instant: off, standby: off}}\n").unwrap();
+    let base = share_base(&lab, ["m", "n"]);
+    let mut fixture = KvmFixture::of(lab);
+    let mut client = fixture.host.client().unwrap();
+    let mut act = |action: &str, machine: &str| {
+        assert_eq!(client.act(action, machine).unwrap(), json!({"success": true}), "{action} {machine}");
+    };
+    for action in ["restore_start", "norestore_start"] {
+        act(action, "m");
+        assert_eq!(owner(&base), QEMU_USER, "libvirt gives the base to that user");
+        act(action, "n");
+        act("stop", "m");
+        assert_eq!(owner(&base), QEMU_USER, "the other machine uses it");
+        act("stop", "n");
+        assert_eq!(owner(&base), 0, "{action}");
+    }
+    assert_no_warning(&fixture);
+    fixture.host.terminate().unwrap();
+    // With an image, libvirt's own revert comes before the runs.
+    fixture.lab.cwd().host_yaml(IMAGES).unwrap();
+    let mut fixture = KvmFixture::of(fixture.lab);
+    prepare(&mut fixture);
+    // The preparation of the other machine uses the base as well.
+    let prepared = fixture.host.client().unwrap().act("prepare", "n").unwrap();
+    assert_eq!((prepared, owner(&base)), (json!({"success": true}), 0));
+    fixture.restore();
+    fixture.act("stop");
+    assert_eq!(owner(&base), 0);
     fixture.finish();
 }
 

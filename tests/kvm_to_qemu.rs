@@ -352,13 +352,10 @@ fn faults_of_all_domains_are_named_and_nothing_is_written() {
         }
         lab.snapshot(name);
         if !device.is_empty() {
-            let snapshot = lab.virsh(&["snapshot-dumpxml", name, "clean"]);
             let shared =
                 "<filesystem type='mount'><source dir='/tmp'/><target dir='t'/></filesystem></devices>";
-            let snapshot = snapshot.replace("</devices>", shared);
-            lab.virsh(&["snapshot-delete", name, "clean", "--metadata"]);
-            let redefine = ["--redefine", "--current"];
-            lab.kvm.libvirtd().virsh_with_file(&["snapshot-create", name], &snapshot, &redefine).unwrap();
+            let with = |xml: &str| xml.replace("</devices>", shared);
+            lab.kvm.change_domain(name, with).unwrap();
         }
     }
     lab.virsh(&["start", "on"]);

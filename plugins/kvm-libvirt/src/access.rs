@@ -6,23 +6,14 @@
 //! libvirt names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model `dac`). Source: libvirt's
 //! docs/formatcaps.rst and src/qemu/qemu_capabilities.c.
 
-use std::fs::{self, File, Metadata};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-
-use machinery::{Error, Result};
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, chownat};
-use serde::{Deserialize, Serialize};
 
 use crate::description::label_of_qemu;
 
 /// The path of the device.
 pub const KVM_DEVICE: &str = "/dev/kvm";
-
-/// The bits of a mode that are the kind of the file.
-const KIND: u32 = 0o170_000;
 
 /// A user and its group, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,62 +88,6 @@ impl Access {
     }
 }
 
-/// The owner and the mode of a file, and which file that is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileOwner {
-    /// Without symbolic links.
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-    uid: u32,
-    gid: u32,
-    mode: u32,
-}
-
-impl FileOwner {
-    /// Returns the present owner of the file.
-    ///
-    /// # Errors
-    /// The file is missing.
-    pub fn of(path: &Path) -> io::Result<FileOwner> {
-        let path = fs::canonicalize(path)?;
-        Ok(FileOwner::found(fs::symlink_metadata(&path)?, path))
-    }
-
-    fn found(about: Metadata, path: PathBuf) -> FileOwner {
-        let (device, inode, mode) = (about.dev(), about.ino(), about.mode());
-        FileOwner { path, device, inode, uid: about.uid(), gid: about.gid(), mode }
-    }
-
-    /// Gives the file back to this owner, with its mode, if it has others by now. QEMU's user may own the folder, and put
-    /// another file or a link into the place: that is left alone.
-    ///
-    /// # Errors
-    /// Another file is in its place; this process is not root.
-    pub fn give_back(&self) -> Result<()> {
-        self.try_give_back().map_err(|error| Error::io("give back to its owner", &self.path, &error))
-    }
-
-    fn try_give_back(&self) -> io::Result<()> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(&self.path, flags, Mode::empty())?);
-        let now = FileOwner::found(file.metadata()?, self.path.clone());
-        // A link may have got the number of a file that was removed.
-        let is_same = (now.device, now.inode, now.mode & KIND) == (self.device, self.inode, self.mode & KIND);
-        if !is_same {
-            return Err(io::Error::other("another file is in its place"));
-        }
-        if now == *self {
-            return Ok(());
-        }
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        chownat(&file, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
-        // A descriptor of this kind cannot change the mode, and the link leads to the same file.
-        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-        fs::set_permissions(link, fs::Permissions::from_mode(self.mode))
-    }
-}
-
 impl User {
     /// Returns the folder above the file, or above such a folder, that the user may not enter.
     pub fn closed_folder(self, file: &Path) -> Option<&Path> {
@@ -200,7 +135,7 @@ pub fn groups_of(name: &str, group: &str) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::PermissionsExt;
 
     const QEMU: User = User { uid: 64055, gid: 64055 };
 
@@ -268,31 +203,5 @@ mod tests {
         assert_eq!(name_of(1, passwd), None);
         let group = "root:x:0:\nkvm:x:108:someone,libvirt-qemu\nlibvirt:x:109:someone\n";
         assert_eq!(groups_of("libvirt-qemu", group), [108]);
-    }
-
-    #[test]
-    fn file_is_given_back_with_its_mode_and_another_file_is_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let [disk, other] = ["disk", "other"].map(|name| folder.path().join(name));
-        fs::write(&disk, "").unwrap();
-        fs::write(&other, "").unwrap();
-        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
-        let set_mode =
-            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-        set_mode(&disk, 0o600);
-        set_mode(&other, 0o640);
-        let owner = FileOwner::of(&disk).unwrap();
-        owner.give_back().unwrap();
-        set_mode(&disk, 0o666);
-        owner.give_back().unwrap();
-        assert_eq!(mode(&disk), 0o600);
-        fs::remove_file(&disk).unwrap();
-        symlink(&other, &disk).unwrap();
-        let error = owner.give_back().unwrap_err().to_string();
-        assert!(error.contains("another file is in its place"), "{error}");
-        fs::remove_file(&disk).unwrap();
-        fs::hard_link(&other, &disk).unwrap();
-        assert!(owner.give_back().is_err());
-        assert_eq!(mode(&other), 0o640);
     }
 }

@@ -27,14 +27,17 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
-use crate::access::FileOwner;
+use crate::description::Description;
 use crate::domain;
 use crate::errors::{explain, is_no_domain, is_off};
+use crate::owners::{FileOwner, owners_of};
 
 /// The XML namespace of the token.
 const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
 /// The end of a marker's name.
 const SUFFIX: &str = ".run";
+/// Keeps the ends of two runs apart, so that one of them gives the files of both back.
+static OWNERS: Mutex<()> = Mutex::new(());
 /// The prefix of that namespace in a domain's description.
 const PREFIX: &str = "machinery";
 
@@ -49,7 +52,7 @@ pub struct RunMarker {
 }
 
 /// The content of the file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Run {
     /// The domain's uuid.
     uuid: String,
@@ -66,7 +69,7 @@ struct Run {
     /// The overlays that the domain writes to. They are removed together with the marker.
     #[serde(default)]
     overlays: Vec<PathBuf>,
-    /// The owners of the files below the overlays, if libvirt gives these files to QEMU's user and does not give them back.
+    /// The owners of the domain's files before the run. They get them back afterwards.
     #[serde(default)]
     owners: Vec<FileOwner>,
     /// The address of the domain's libvirt; an older host has not recorded it.
@@ -97,24 +100,19 @@ impl RunMarker {
     pub fn begin(&self, domain: &Domain) -> Result<()> {
         // A run that was saved has left a marker, and overlays.
         self.remove();
-        self.write(Run {
-            uuid: domain::uuid(domain)?,
-            token: kernel_id("uuid")?,
-            boot: kernel_id("boot_id")?,
-            marked: false,
-            resumed: None,
-            overlays: Vec::new(),
-            owners: Vec::new(),
-            dsn: self.dsn.clone(),
-        });
+        let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE)?;
+        let description = Description::read(&xml)?;
+        let (uuid, token, boot) = (domain::uuid(domain)?, kernel_id("uuid")?, kernel_id("boot_id")?);
+        let _owners = lock(&OWNERS);
+        let owners = owners_of(&description, &self.owners_of_other_runs());
+        self.write(Run { uuid, token, boot, owners, dsn: self.dsn.clone(), ..Run::default() });
         Ok(())
     }
 
-    /// Records the overlays of the run, before they are made, and the owners to whom the files below them are given back
-    /// after it.
-    pub fn set_overlays(&self, overlays: Vec<PathBuf>, owners: Vec<FileOwner>) {
+    /// Records the overlays of the run, before they are made.
+    pub fn set_overlays(&self, overlays: Vec<PathBuf>) {
         if let Some(run) = self.read() {
-            self.write(Run { overlays, owners, ..run });
+            self.write(Run { overlays, ..run });
         }
     }
 
@@ -129,10 +127,27 @@ impl RunMarker {
         for error in run.overlays.iter().filter_map(|overlay| files::remove_large(overlay).err()) {
             tracing::warn!(%error, "an overlay remains");
         }
-        for error in run.owners.iter().filter_map(|owner| owner.give_back().err()) {
-            tracing::warn!(%error, "a disk belongs to QEMU's user now");
+        self.write(Run { overlays: Vec::new(), ..run });
+    }
+
+    /// Gives the domain's files back to their owners, except those that other runs use.
+    fn give_files_back(&self) {
+        let Some(run) = self.read().filter(|run| !run.owners.is_empty()) else { return };
+        let _owners = lock(&OWNERS);
+        let others = self.owners_of_other_runs();
+        let is_free = |owner: &&FileOwner| !others.iter().any(|other| other.is_of_same_file(owner));
+        for error in run.owners.iter().filter(is_free).filter_map(|owner| owner.give_back().err()) {
+            tracing::warn!(%error, "a file of the domain belongs to QEMU's user now");
         }
-        self.set_overlays(Vec::new(), Vec::new());
+        self.write(Run { owners: Vec::new(), ..run });
+    }
+
+    /// Returns the owners that the markers of other runs in this folder have.
+    fn owners_of_other_runs(&self) -> Vec<FileOwner> {
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        let markers = files::stems(folder, SUFFIX).into_iter().map(|name| RunMarker::of(&name, folder));
+        let others = markers.filter(|marker| marker.path != self.path);
+        others.filter_map(|marker| marker.read()).flat_map(|run| run.owners).collect()
     }
 
     /// Marks the domain, which was started for this run and is paused.
@@ -236,9 +251,10 @@ impl RunMarker {
         files::stems(state_dir, SUFFIX).into_iter().filter_map(marker).collect()
     }
 
-    /// Removes the marker and the overlays: the run has ended.
+    /// Removes the marker and the overlays, and gives the domain's files back: the run has ended.
     pub fn remove(&self) {
         self.remove_overlays();
+        self.give_files_back();
         *lock(&self.run) = None;
         if let Err(error) = files::remove(&self.path) {
             tracing::warn!(%error, "a run marker remains");
@@ -292,16 +308,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let marker = || RunMarker::of("m", folder.path());
         assert!(marker().read().is_none() && !marker().exists());
-        let run = Run {
-            uuid: "u".into(),
-            token: "t".into(),
-            boot: "b".into(),
-            marked: true,
-            resumed: None,
-            overlays: Vec::new(),
-            owners: Vec::new(),
-            dsn: None,
-        };
+        let run =
+            Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true, ..Run::default() };
         marker().write(run.clone());
         assert_eq!(marker().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
@@ -313,16 +321,7 @@ mod tests {
     #[test]
     fn marker_is_kept_in_memory_when_it_cannot_be_written() {
         let marker = RunMarker::of("m", Path::new("/none"));
-        let run = Run {
-            uuid: "u".into(),
-            token: "t".into(),
-            boot: "b".into(),
-            marked: false,
-            resumed: None,
-            overlays: Vec::new(),
-            owners: Vec::new(),
-            dsn: None,
-        };
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), ..Run::default() };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
         marker.remove();
@@ -338,7 +337,7 @@ mod tests {
         let domain = started(&connect, "with-overlays");
         let begin = || {
             marker().begin(&domain).unwrap();
-            marker().set_overlays(vec![overlay.clone(), folder.path().join("never made")], Vec::new());
+            marker().set_overlays(vec![overlay.clone(), folder.path().join("never made")]);
             fs::write(&overlay, "").unwrap();
         };
         begin();
@@ -362,10 +361,8 @@ mod tests {
             token: "t".into(),
             boot: "b".into(),
             marked: true,
-            resumed: None,
-            overlays: Vec::new(),
-            owners: Vec::new(),
             dsn: dsn.map(str::to_owned),
+            ..Run::default()
         };
         for (name, dsn) in
             [("gone", None), ("moved", Some("x:///old")), ("stays", Some("x:///a")), ("earlier", None)]
@@ -391,7 +388,7 @@ mod tests {
         assert!(old.exists(), "it is the machine's own libvirt");
         let overlay = folder.path().join("m_disposable.qcow2");
         fs::write(&overlay, "").unwrap();
-        old.set_overlays(vec![overlay.clone()], Vec::new());
+        old.set_overlays(vec![overlay.clone()]);
         new.set_aside_if_elsewhere().unwrap();
         assert!(!new.exists() && overlay.exists());
         new.begin(&domain).unwrap();
@@ -458,16 +455,7 @@ mod tests {
         domain.suspend().unwrap();
         let uuid = domain.uuid_string().unwrap();
         let boot = kernel_id("boot_id").unwrap();
-        let run = Run {
-            uuid,
-            token: "t".into(),
-            boot,
-            marked: false,
-            resumed: None,
-            dsn: None,
-            overlays: Vec::new(),
-            owners: Vec::new(),
-        };
+        let run = Run { uuid, token: "t".into(), boot, ..Run::default() };
         marker.write(run.clone());
         assert!(marker.matches(&domain).unwrap());
         marker.write(Run { boot: "earlier".into(), ..run.clone() });

@@ -22,7 +22,7 @@
 //! | `domain`, `snapshot`, `restore` | a domain, its snapshot, and its start from the snapshot |
 //! | `standby` | the standby, and the check that it is unchanged |
 //! | `prepare` | save images: their sources, their folders, and disks that `qemu-img` reverts |
-//! | `leftovers` | records of the host's own runs, for the next host |
+//! | `leftovers`, `owners` | records of the host's own runs, for the next host; the owners of their files |
 //! | `foreign` | foreign work: changes by somebody else, which automatic work never destroys |
 //! | `inspect` | memory dump and screenshot |
 //! | `console` | the console of a running domain |
@@ -54,6 +54,7 @@ mod foreign;
 mod inspect;
 mod leftovers;
 mod machine;
+mod owners;
 mod prepare;
 mod reaping;
 mod reload;

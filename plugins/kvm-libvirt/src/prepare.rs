@@ -18,5 +18,4 @@ mod source;
 
 pub use folders::ImageFolders;
 pub use image::{Image, InstantMode};
-pub use overlaid::Owner;
 pub use source::Source;

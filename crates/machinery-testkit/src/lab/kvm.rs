@@ -20,7 +20,7 @@ use crate::client::Client;
 use crate::error::Context;
 use crate::guest::{Guest, GuestProbe, Qemu};
 use crate::host::{self, RunningHost};
-use crate::libvirt::{self, Libvirtd};
+use crate::libvirt::{self, Libvirtd, SNAPSHOT};
 use crate::network::loopback_address;
 use crate::scratch::ScratchCwd;
 
@@ -158,6 +158,18 @@ impl KvmLab {
     /// Replaces the first `old` in `kvm.yaml`, which must be there, by `new`.
     pub fn change_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.cwd.change_yaml("kvm", old, new)
+    }
+
+    /// Changes the descriptions of a domain that is off, and of its snapshot.
+    pub fn change_domain(&self, label: &str, change: impl Fn(&str) -> String) -> Result<()> {
+        let libvirtd = self.libvirtd();
+        let snapshot = libvirtd.virsh(&["snapshot-dumpxml", "--security-info", label, SNAPSHOT])?;
+        let domain = libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label])?;
+        // libvirt compares the cards of an old snapshot with those of its new description.
+        libvirtd.virsh(&["snapshot-delete", label, SNAPSHOT, "--metadata"])?;
+        libvirtd.virsh_with_file(&["define"], &change(&domain), &[])?;
+        let redefine = ["--redefine", "--current"];
+        libvirtd.virsh_with_file(&["snapshot-create", label], &change(&snapshot), &redefine).map(drop)
     }
 
     /// Returns the QEMU of that machine.

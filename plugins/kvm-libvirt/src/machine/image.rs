@@ -12,7 +12,7 @@ use super::base::{END_EVENT_TIMEOUT, Machine};
 use super::prepare::Outcome;
 use crate::domain;
 use crate::foreign::remove_managed_save;
-use crate::prepare::{Owner, Source};
+use crate::prepare::Source;
 use crate::restore::{self, Start};
 use crate::snapshot::{self, Snapshot};
 
@@ -38,7 +38,7 @@ impl Machine {
     ) -> Result<()> {
         if let Some((source, snapshot)) = self.valid_source(domain) {
             // Without overlays the run would write to the domain's own disk. So this failure is one of the start.
-            self.make_overlays(&source, &snapshot, self.keys.image.owner(&source))?;
+            self.make_overlays(&source, &snapshot)?;
             let begun = Instant::now();
             match self.steps().timed("load", || self.keys.image.restore(connect, &source)) {
                 Ok(()) => {
@@ -65,15 +65,9 @@ impl Machine {
             let boot = || restore::start_paused(domain, self.wanted_snapshot(), Start::Cold);
             return self.steps().timed("boot", boot);
         };
-        let owner = source.owner(connect)?;
-        let mut recorded = owner;
-        if source.has_tpm && self.keys.image.owner(&source) == Owner::Qemu {
-            // The image below is started first, and libvirt changes owners for it.
-            recorded = Owner::Qemu;
-        }
         let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?;
-        let xml = source.overlaid(&xml, owner)?;
-        self.make_overlays(&source, &snapshot, recorded)?;
+        let xml = source.overlaid(&xml, source.owner(connect)?)?;
+        self.make_overlays(&source, &snapshot)?;
         if source.has_tpm {
             // libvirt puts the TPM's state of the image into the place from which the domain boots.
             self.steps().timed("tpm", || self.keys.image.restore(connect, &source))?;
@@ -109,10 +103,8 @@ impl Machine {
 
     /// Makes the overlays of a run, over disks at the snapshot. The marker has them first, so that no host leaves one
     /// behind.
-    fn make_overlays(&self, source: &Source, snapshot: &Snapshot, owner: Owner) -> Result<()> {
-        let owners = if owner == Owner::Qemu { source.owners()? } else { Vec::new() };
-        self.marker
-            .set_overlays(source.overlays.iter().map(|(_, overlay)| overlay.clone()).collect(), owners);
+    fn make_overlays(&self, source: &Source, snapshot: &Snapshot) -> Result<()> {
+        self.marker.set_overlays(source.overlays.iter().map(|(_, overlay)| overlay.clone()).collect());
         let made = self.steps().timed("disk", || {
             self.keys.image.revert_disks(source, snapshot)?;
             source.make_overlays(&self.shared.overlays)

@@ -22,7 +22,6 @@ use machinery_images::{Chain, FileId, Header};
 use serde_json::json;
 
 use super::overlaid::Overlaid;
-use crate::access::FileOwner;
 use crate::description::{Description, Disk};
 
 /// The time that `qemu-img` has to revert a disk. A revert that is killed leaves a disk that is reverted in part, until
@@ -123,15 +122,6 @@ impl Disks {
     pub fn files(&self) -> Result<Vec<PathBuf>> {
         let chains = self.0.iter().map(|disk| Ok(Chain::of(disk, Some(QCOW2))?.files));
         chains.collect::<Result<Vec<_>>>().map(|files| files.concat())
-    }
-
-    /// Returns the owners of all files below the overlays.
-    ///
-    /// # Errors
-    /// A file is missing or unreadable.
-    pub fn owners(&self) -> Result<Vec<FileOwner>> {
-        let one = |path: PathBuf| FileOwner::of(&path).map_err(|error| Error::io("look at", &path, &error));
-        self.files()?.into_iter().map(one).collect()
     }
 
     /// Expects that this process may write to all disks.

@@ -12,7 +12,7 @@ use virt_sys as sys;
 use super::disks::{Disks, make_overlays};
 use super::overlaid::{Overlaid, Owner, overlaid};
 use super::save::Format;
-use crate::access::{Access, FileOwner, User, user_of_qemu};
+use crate::access::{Access, User, user_of_qemu};
 use crate::description::Description;
 use crate::domain;
 use crate::errors::explain;
@@ -109,14 +109,6 @@ impl Source {
             Some(Access::Reads | Access::Writes(_)) => Owner::Kept,
             Some(Access::None(_)) | None => Owner::Qemu,
         })
-    }
-
-    /// Returns the owners of the disks and their bases.
-    ///
-    /// # Errors
-    /// A file of a disk is missing.
-    pub fn owners(&self) -> Result<Vec<FileOwner>> {
-        self.disks.owners()
     }
 
     /// Expects that QEMU's user can read the disks. Otherwise libvirt gives them to that user for good, and only root can
