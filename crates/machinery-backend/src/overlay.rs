@@ -121,10 +121,13 @@ pub fn remove_overlays(first: &Path) -> Result<()> {
     existing.iter().rev().try_for_each(|path| remove(path))
 }
 
+/// The template of one image, once it is made.
+type Slot = Arc<Mutex<Option<Arc<OverlayTemplate>>>>;
+
 /// The empty overlays of a machine's images, each created once.
 #[derive(Debug, Default)]
 pub struct OverlayTemplates {
-    known: Mutex<HashMap<ImageFile, Arc<OverlayTemplate>>>,
+    known: Mutex<HashMap<ImageFile, Slot>>,
     /// True if `qemu-img` does not open qcow2 images.
     unread: bool,
 }
@@ -165,12 +168,14 @@ impl OverlayTemplates {
         deadline: Deadline,
     ) -> Result<Arc<OverlayTemplate>> {
         let of = file_id(&image.path)?;
-        let mut known = lock(&self.known);
-        if let Some(template) = known.get(image).filter(|template| template.of == of) {
+        // `qemu-img` may hang on a file system, and only the machines of that image wait for it.
+        let slot = Arc::clone(lock(&self.known).entry(image.clone()).or_default());
+        let mut known = lock(&slot);
+        if let Some(template) = known.as_ref().filter(|template| template.of == of) {
             return Ok(Arc::clone(template));
         }
         let template = Arc::new(OverlayTemplate::make(qemu_img, image, self.unread, of, path, deadline)?);
-        known.insert(image.clone(), Arc::clone(&template));
+        *known = Some(Arc::clone(&template));
         Ok(template)
     }
 }
@@ -270,7 +275,9 @@ impl OverlayTemplate {
 mod tests {
     use super::*;
     use crate::jail::JailMode;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::thread;
     use std::time::Duration;
 
     /// Creates a `qemu-img` that writes a file with few blocks that are not zero.
@@ -318,6 +325,32 @@ mod tests {
         drop(make());
         fs::write(&disk, "another").unwrap();
         assert!(overlay_templates.overlays(&qemu_img, &images, &first, soon).is_err());
+    }
+
+    #[test]
+    fn overlay_is_made_while_that_of_another_image_hangs() {
+        let folder = tempfile::tempdir().unwrap();
+        let [slow, quick, hang] = ["slow", "quick", "hang"].map(|name| folder.path().join(name));
+        fs::write(&slow, "a disk").unwrap();
+        fs::write(&quick, "a disk").unwrap();
+        mknodat(CWD, &hang, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        let program = image_maker(folder.path());
+        let wait = format!("#!/bin/sh\ncase \"$*\" in *slow.x) cat {};; esac", hang.display());
+        fs::write(&program, fs::read_to_string(&program).unwrap().replace("#!/bin/sh", &wait)).unwrap();
+        let (qemu_img, templates) =
+            (QemuImg::new(&program).with_jail(JailMode::Off), OverlayTemplates::default());
+        let make = |disk: &Path| {
+            let soon = Deadline::after(Duration::from_secs(60));
+            templates.overlays(&qemu_img, &[source(disk)], &disk.with_extension("x"), soon)
+        };
+        thread::scope(|scope| {
+            let hanging = scope.spawn(|| make(&slow).is_ok());
+            // The program opens it to read.
+            let begun = File::options().write(true).open(&hang).unwrap();
+            assert!(make(&quick).is_ok() && !hanging.is_finished());
+            drop(begun);
+            assert!(hanging.join().unwrap());
+        });
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub fn owners_of(domain: &Description, recorded: &[FileOwner]) -> Vec<FileOwner>
     let disks =
         domain.disks.iter().filter_map(|disk| Some((disk.path.as_deref()?, Some(disk.format.as_str()))));
     let variables = domain.firmware.nvram.as_deref().map(|path| (path, None));
-    // What is missing or unreadable fails at the start, with libvirt's reason.
+    // A missing or unreadable image fails at the start, with libvirt's reason.
     let chains =
         disks.chain(variables).filter_map(|(path, format)| Chain::as_far_as_it_exists(path, format).ok());
     let present = chains.flat_map(|chain| chain.files).filter_map(|file| FileOwner::of(&file).ok());
