@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use machinery::{Error, Result, State};
 use machinery_backend::files;
 use machinery_backend::sync::lock;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -30,7 +31,7 @@ use virt_sys as sys;
 use crate::description::Description;
 use crate::domain;
 use crate::errors::{explain, is_no_domain, is_off};
-use crate::owners::{FileOwner, owners_of};
+use crate::owners::{FileOwner, images_of, owners_of};
 
 /// The XML namespace of the token.
 const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
@@ -100,11 +101,11 @@ impl RunMarker {
     pub fn begin(&self, domain: &Domain) -> Result<()> {
         // A run that was saved has left a marker, and overlays.
         self.remove();
-        let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE)?;
-        let description = Description::read(&xml)?;
+        let images = images_to_give_back(domain)?;
         let (uuid, token, boot) = (domain::uuid(domain)?, kernel_id("uuid")?, kernel_id("boot_id")?);
         let _owners = lock(&OWNERS);
-        let owners = owners_of(&description, &self.owners_of_other_runs());
+        let recorded = if images.is_empty() { Vec::new() } else { self.owners_of_other_runs() };
+        let owners = owners_of(&images, &recorded);
         self.write(Run { uuid, token, boot, owners, dsn: self.dsn.clone(), ..Run::default() });
         Ok(())
     }
@@ -273,6 +274,15 @@ impl RunMarker {
         }
         *lock(&self.run) = Some(run);
     }
+}
+
+/// Returns the images of the domain that can be given back after a run: none, if this process is not root.
+fn images_to_give_back(domain: &Domain) -> Result<Vec<PathBuf>> {
+    if !geteuid().is_root() {
+        return Ok(Vec::new());
+    }
+    let xml = domain::xml(domain, sys::VIR_DOMAIN_XML_INACTIVE)?;
+    Ok(images_of(&Description::read(&xml)?))
 }
 
 /// Returns the token's element in the metadata of the domain, if the domain is on and has one.

@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 use machinery::{Error, Result};
 use machinery_images::Chain;
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, chownat};
-use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::description::Description;
@@ -84,19 +83,20 @@ impl FileOwner {
     }
 }
 
-/// Returns the owners of all images of a domain and of those below them; `recorded` are those of other runs. None, if this
-/// process is not root: then it can give nothing back.
-pub fn owners_of(domain: &Description, recorded: &[FileOwner]) -> Vec<FileOwner> {
-    if !geteuid().is_root() {
-        return Vec::new();
-    }
+/// Returns all images of a domain, and those below them.
+pub fn images_of(domain: &Description) -> Vec<PathBuf> {
     let disks =
         domain.disks.iter().filter_map(|disk| Some((disk.path.as_deref()?, Some(disk.format.as_str()))));
     let variables = domain.firmware.nvram.as_deref().map(|path| (path, None));
     // A missing or unreadable image fails at the start, with libvirt's reason.
     let chains =
         disks.chain(variables).filter_map(|(path, format)| Chain::as_far_as_it_exists(path, format).ok());
-    let present = chains.flat_map(|chain| chain.files).filter_map(|file| FileOwner::of(&file).ok());
+    chains.flat_map(|chain| chain.files).collect()
+}
+
+/// Returns the owners of these files, without those that are missing; `recorded` are those of other runs.
+pub fn owners_of(files: &[PathBuf], recorded: &[FileOwner]) -> Vec<FileOwner> {
+    let present = files.iter().filter_map(|file| FileOwner::of(file).ok());
     present
         .map(|owner| recorded.iter().find(|record| record.is_of_same_file(&owner)).cloned().unwrap_or(owner))
         .collect()
@@ -105,6 +105,7 @@ pub fn owners_of(domain: &Description, recorded: &[FileOwner]) -> Vec<FileOwner>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::process::geteuid;
     use std::os::unix::fs::{chown, symlink};
 
     #[test]
@@ -151,10 +152,11 @@ mod tests {
         let missing = folder.path().join("none");
         let disks = [disk_xml("disk", &disk), disk_xml("cdrom", &cd), disk_xml("disk", &missing)].concat();
         let domain = Description::read(&format!("<domain><devices>{disks}</devices></domain>")).unwrap();
-        let first = owners_of(&domain, &[]);
+        let images = images_of(&domain);
+        let first = owners_of(&images, &[]);
         assert_eq!(first, [FileOwner::of(&disk).unwrap(), FileOwner::of(&cd).unwrap()]);
         chown(&disk, Some(1), Some(1)).unwrap();
-        assert_eq!(owners_of(&domain, &first), first);
-        assert_ne!(owners_of(&domain, &first[1..]), first);
+        assert_eq!(owners_of(&images, &first), first);
+        assert_ne!(owners_of(&images, &first[1..]), first);
     }
 }
