@@ -266,6 +266,30 @@ fn machine_is_stopped_by_keys_alone_and_only_after_a_confirmation() {
     assert_sound(&mut browser);
 }
 
+/// A browser reports the end of a dialog a moment later.
+#[test]
+fn actions_work_when_a_dialog_opens_before_the_end_of_the_last_one_is_reported() {
+    let Some(mut browser) = browser() else { return };
+    let (host, cwd) = hundred("");
+    open(&mut browser, &host, &cwd);
+    let show = |name: &str| {
+        format!("location.hash = '#machine={name}'; dispatchEvent(new HashChangeEvent('hashchange'));")
+    };
+    let restore = "[...document.querySelectorAll('#view-actions button')].find((b) => b.textContent === 'Restore').click();";
+    let press = |id: &str| format!("document.getElementById('{id}').click();");
+    browser.evaluate(&[show("win10-0"), press("view-close"), show("win10-3")].concat()).unwrap();
+    let later = "new Promise((done) => setTimeout(done, 100))";
+    browser.evaluate(later).unwrap();
+    assert_eq!(browser.evaluate("document.getElementById('view-name').textContent").unwrap(), "win10-3");
+    let twice = [restore.to_owned(), press("confirm-no"), restore.to_owned()].concat();
+    browser.evaluate(&twice).unwrap();
+    browser.evaluate(later).unwrap();
+    browser.evaluate(&press("confirm-yes")).unwrap();
+    browser.wait_until("document.getElementById('view-message').textContent === 'Restore: done'").unwrap();
+    assert_eq!(host.client().unwrap().machine("win10-3").unwrap()["state"], "running");
+    assert_sound(&mut browser);
+}
+
 #[test]
 fn page_fits_a_phone_and_follows_the_colours_of_the_user() {
     let Some(mut browser) = browser() else { return };

@@ -22,10 +22,11 @@ export class View {
     this.events = [];
     $("view-close").addEventListener("click", () => $("view").close());
     $("view").addEventListener("close", () => this.onClose());
-    $("confirm-no").addEventListener("click", () => $("confirm").close("no"));
+    $("confirm-no").addEventListener("click", () => $("confirm").close());
     $("confirm-form").addEventListener("submit", (event) => {
       event.preventDefault();
-      $("confirm").close("yes");
+      $("confirm").close();
+      this.confirmed();
     });
     setInterval(() => this.askForScreen(), 250);
   }
@@ -48,6 +49,8 @@ export class View {
   }
 
   onClose() {
+    // The event comes late: another machine may be open by now.
+    if ($("view").open) return;
     const name = this.name;
     this.name = undefined;
     this.screen.clear();
@@ -207,7 +210,7 @@ export class View {
   }
 
   /** Asks before an action. Escape and Cancel do nothing. */
-  async confirm({ name, label, text, reason }) {
+  confirm({ name, label, text, reason }) {
     const machine = this.machines.get(this.name);
     const dialog = $("confirm");
     $("confirm-question").textContent = `${label} ${machine.name}?`;
@@ -215,11 +218,9 @@ export class View {
     $("confirm-yes").textContent = label;
     $("confirm-reason-label").hidden = !reason;
     $("confirm-reason").value = "";
-    dialog.returnValue = "no";
+    this.confirmed = () => this.act(machine.name, name, label, reason ? $("confirm-reason").value : "");
     dialog.showModal();
     (reason ? $("confirm-reason") : $("confirm-no")).focus();
-    await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
-    if (dialog.returnValue === "yes") this.act(machine.name, name, label, reason ? $("confirm-reason").value : "");
   }
 
   async act(machine, action, label, body) {
