@@ -287,6 +287,43 @@ fn action_times_out_when_libvirtd_hangs() {
     fixture.finish();
 }
 
+#[test]
+fn restore_fails_at_its_timeout_when_libvirtd_hangs() {
+    let yaml =
+        "timeouts: {restore_start: 3, stop: 3, state: 3}\nmachineries: {kvm: {instant: off, standby: off}}\n";
+    let mut fixture = KvmFixture::new(&[MICRO], yaml);
+    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
+    fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
+    let answer = fixture.client.next_message().unwrap();
+    fixture.lab.libvirtd().signal_daemon(Signal::CONT).unwrap();
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(reason.contains("waited 3.0 s for the domain to run"), "{reason}");
+    fixture.subscriber.wait_for_event("healed", "m").unwrap();
+    assert_restores(&mut fixture);
+    fixture.finish();
+}
+
+#[test]
+fn preparation_ends_soon_after_its_cancellation_when_libvirtd_hangs() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml("timeouts: {stop: 5}\nmachineries: {kvm: {standby: off}}\n").unwrap();
+    let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
+    let mut fixture = KvmFixture::of(lab);
+    // The preparation starts the domain, to save it.
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
+    let reason = fixture.ask_refused(json!({"action": "stop", "machine": "m"}));
+    fixture.lab.libvirtd().signal_daemon(Signal::CONT).unwrap();
+    assert!(reason.contains("for libvirt to finish an earlier start"), "{reason}");
+    let log = fixture.host.log();
+    assert!(!log.contains("did not return from the plugin"), "{log}");
+    fixture.subscriber.wait_for_event("healed", "m").unwrap();
+    assert_restores(&mut fixture);
+    fixture.finish();
+}
+
 /// The next host adopts the run of a killed host.
 #[test]
 fn run_is_adopted_by_the_next_host_when_its_host_was_killed() {

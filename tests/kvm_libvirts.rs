@@ -57,6 +57,13 @@ impl Served {
         self.act("stop", machine);
     }
 
+    /// Waits until the machine has a save image, so that no preparation is under way.
+    fn wait_until_prepared(&mut self, machine: &str) {
+        while self.client.machine(machine).unwrap()["ready"]["mode"] != "instant" {
+            self.subscriber.wait_for_event("ready", machine).unwrap();
+        }
+    }
+
     /// Runs `b` three times, and expects that nothing delays it.
     #[track_caller]
     fn run_b_without_wait(&mut self, when: &str) {
@@ -138,6 +145,7 @@ fn libvirtd_that_is_killed_costs_its_own_machines_and_they_heal_when_it_is_back(
 fn libvirtd_that_hangs_costs_its_own_machines_and_they_heal_when_it_goes_on() {
     let mut served = Served::new("timeouts: {state: 3, restore_start: 20, stop: 5}");
     served.run("a2");
+    served.wait_until_prepared("a2");
     let watch = FileWatch::new(served.lab.machine("a2").disk.parent().unwrap()).unwrap();
     let mut waiting = served.host.client().unwrap();
     waiting.send(&json!({"action": "restore_start", "machine": "a2"})).unwrap();

@@ -12,13 +12,13 @@
 //!       └────── the caller drops it ──▶ ABANDONED ── the call returns ──▶ counted no longer
 //! ```
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicIsize, AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
+use machinery_backend::sync::{lock, wait_while};
 
 /// The maximum number of abandoned calls to one libvirtd that are still under way.
 pub const MAX_ABANDONED: isize = 32;
@@ -28,46 +28,45 @@ pub const MAX_ABANDONED: isize = 32;
 pub struct Calls(Arc<AtomicIsize>);
 
 /// A call under way. Dropping it before its end abandons it: its thread goes on.
-pub struct Call<T> {
-    outcome: Receiver<Result<T>>,
-    progress: Arc<Progress>,
-}
+pub struct Call<T>(Arc<Progress<T>>);
 
-/// Records whether a call has returned or was abandoned, whichever came first.
-struct Progress {
-    outcome: AtomicU8,
+/// The progress of a call, which its thread and its caller share.
+struct Progress<T> {
+    state: Mutex<CallState<T>>,
+    changed: Condvar,
     calls: Calls,
 }
 
-const RETURNED: u8 = 1;
-const ABANDONED: u8 = 2;
-
-impl Progress {
-    fn returned(&self) {
-        if self.outcome.swap(RETURNED, Ordering::SeqCst) == ABANDONED {
-            self.calls.0.fetch_sub(1, Ordering::SeqCst);
-        }
-    }
-
-    fn abandoned(&self) {
-        if self.outcome.swap(ABANDONED, Ordering::SeqCst) != RETURNED {
-            self.calls.0.fetch_add(1, Ordering::SeqCst);
-        }
-    }
+struct CallState<T> {
+    /// `None` while the call is under way, and after a panic.
+    outcome: Option<Result<T>>,
+    has_returned: bool,
+    is_abandoned: bool,
+    is_interrupted: bool,
 }
 
 /// Records that a call has returned when it is dropped, in a panic too.
-struct ReturnGuard(Arc<Progress>);
+struct ReturnGuard<T>(Arc<Progress<T>>);
 
-impl Drop for ReturnGuard {
+impl<T> Drop for ReturnGuard<T> {
     fn drop(&mut self) {
-        self.0.returned();
+        let mut state = lock(&self.0.state);
+        state.has_returned = true;
+        if state.is_abandoned {
+            self.0.calls.0.fetch_sub(1, Ordering::SeqCst);
+        }
+        drop(state);
+        self.0.changed.notify_all();
     }
 }
 
 impl<T> Drop for Call<T> {
     fn drop(&mut self) {
-        self.progress.abandoned();
+        let mut state = lock(&self.0.state);
+        if !state.has_returned {
+            state.is_abandoned = true;
+            self.0.calls.0.fetch_add(1, Ordering::SeqCst);
+        }
     }
 }
 
@@ -86,17 +85,19 @@ impl Calls {
             return Err(Error::environment(reason)
                 .advice("Look at libvirtd's log, and restart libvirtd (systemctl restart libvirtd)"));
         }
-        let (answer, outcome) = sync_channel(1);
-        let progress = Arc::new(Progress { outcome: AtomicU8::new(0), calls: self.clone() });
-        let guard = ReturnGuard(Arc::clone(&progress));
+        let state =
+            CallState { outcome: None, has_returned: false, is_abandoned: false, is_interrupted: false };
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        let call = Call(Arc::new(Progress { state, changed, calls: self.clone() }));
+        let guard = ReturnGuard(Arc::clone(&call.0));
         let run = move || {
             let outcome = work();
+            lock(&guard.0.state).outcome = Some(outcome);
             drop(guard);
-            // The caller may have stopped waiting.
-            let _ = answer.send(outcome);
         };
+        // A thread that cannot be started drops the guard, so the call counts as returned.
         spawn("libvirt-call", run)?;
-        Ok(Call { outcome, progress })
+        Ok(call)
     }
 
     /// Calls `work` and waits until the deadline; `waiting_for` names the result in the error of a timeout. A call
@@ -119,12 +120,31 @@ impl Calls {
 impl<T> Call<T> {
     /// Waits for the call's outcome, at most for `limit`; returns `None` if the call is still under way.
     pub fn wait(&self, limit: Duration) -> Option<Result<T>> {
-        match self.outcome.recv_timeout(limit) {
-            Ok(outcome) => Some(outcome),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                Some(Err(Error::misbehaved("a call into libvirt has panicked: this is a bug of the plugin")))
-            }
+        self.wait_while(limit, |state| !state.has_returned)
+    }
+
+    /// Waits as [`wait`](Call::wait) does, until the [`interrupter`](Call::interrupter) is called.
+    pub fn wait_unless_interrupted(&self, limit: Duration) -> Option<Result<T>> {
+        self.wait_while(limit, |state| !state.has_returned && !state.is_interrupted)
+    }
+
+    fn wait_while(&self, limit: Duration, condition: impl Fn(&CallState<T>) -> bool) -> Option<Result<T>> {
+        let (progress, deadline) = (&*self.0, Deadline::after(limit));
+        let mut state =
+            wait_while(&progress.changed, lock(&progress.state), deadline, |state| condition(state));
+        let panicked =
+            || Err(Error::misbehaved("a call into libvirt has panicked: this is a bug of the plugin"));
+        state.has_returned.then(|| state.outcome.take().unwrap_or_else(panicked))
+    }
+}
+
+impl<T: Send + 'static> Call<T> {
+    /// Returns a function that ends [`wait_unless_interrupted`](Call::wait_unless_interrupted). The call goes on.
+    pub fn interrupter(&self) -> impl Fn() + Send + 'static {
+        let progress = Arc::clone(&self.0);
+        move || {
+            lock(&progress.state).is_interrupted = true;
+            progress.changed.notify_all();
         }
     }
 }
@@ -182,6 +202,19 @@ mod tests {
             thread::yield_now();
         }
         assert_eq!(calls.call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+    }
+
+    #[test]
+    fn wait_ends_when_it_is_interrupted_and_the_call_goes_on() {
+        let (go, gone) = channel::<()>();
+        let call = Calls::default().start(move || Ok(gone.recv().is_err())).unwrap();
+        let interrupt = call.interrupter();
+        let interrupting = thread::spawn(interrupt);
+        assert_eq!(call.wait_unless_interrupted(Duration::from_secs(600)), None);
+        assert_eq!(call.wait(Duration::from_millis(5)), None);
+        interrupting.join().unwrap();
+        drop(go);
+        assert_eq!(call.wait(Duration::from_secs(60)), Some(Ok(true)));
     }
 
     #[test]

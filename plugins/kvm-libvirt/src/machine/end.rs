@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
+use machinery_backend::{Operation, WorkState};
 use virt::domain::{Domain, DomainPausedReason};
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
-use super::state::AbandonedCall;
+use super::state::{AbandonedCall, MachineState};
 use crate::call::Call;
 use crate::domain;
 use crate::dsn;
@@ -18,7 +19,7 @@ use crate::errors::{explain, is_no_domain};
 
 /// The time that a call which timed out has to end. A host waits two seconds beyond the deadline before it
 /// disables the machine.
-pub const CANCEL_TIMEOUT: Duration = Duration::from_millis(1700);
+pub const CANCEL_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// The time that libvirt has to report a state after another request has failed.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
@@ -30,10 +31,9 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy(&self, deadline: Deadline) -> Result<bool> {
         let label = self.label().to_owned();
-        let destroyed = self.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
+        self.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
             domain::destroy(&domain::domain(connect, &label)?)
-        });
-        destroyed.map_err(|error| self.explain_lost_start(error))
+        })
     }
 
     /// Destroys the domain if it is an own run or the standby; returns `false` if it is neither.
@@ -42,14 +42,13 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
         let (label, marker) = (self.label().to_owned(), self.marker.clone());
-        let destroyed = self.connection.ask(deadline, "libvirt to end the standby", move |connect| {
+        self.connection.ask(deadline, "libvirt to end the standby", move |connect| {
             match connect.lookup_domain_by_name(&label) {
                 Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
             }
-        });
-        destroyed.map_err(|error| self.explain_lost_start(error))
+        })
     }
 
     /// Destroys the domain; only logs a failure.
@@ -72,7 +71,7 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn end_standby(&self, deadline: Deadline) -> Result<()> {
         let before = self.lock().end_count;
-        let ended = self.destroy_own(deadline)?;
+        let ended = self.destroy_own(deadline).map_err(|error| self.explain_lost_start(error))?;
         self.after_standby_end(ended, before, deadline);
         Ok(())
     }
@@ -130,9 +129,9 @@ impl Machine {
         }
     }
 
-    /// Ends the domain of a start or a preparation that timed out. Keeps the call if it goes on nevertheless.
-    pub(super) fn abandon(&self, call: Call<()>, is_start: bool, deadline: Deadline) -> Error {
-        let error = deadline.timeout(if is_start { "the domain to run" } else { "the domain to stand by" });
+    /// Ends the domain of a start or a preparation that timed out, or was cancelled: that is `error`. Keeps the call if it
+    /// goes on nevertheless.
+    pub(super) fn abandon(&self, call: Call<()>, is_start: bool, error: Error) -> Error {
         let cancelling = Deadline::after(CANCEL_TIMEOUT);
         if is_start {
             self.try_destroy(cancelling);
@@ -146,12 +145,14 @@ impl Machine {
         error.detail("and libvirt has not finished the call")
     }
 
-    /// Waits for an abandoned call, and destroys the domain that it may have started.
+    /// Waits for a preparation and an abandoned call, and destroys the domain that the latter may have started.
     ///
     /// # Errors
     /// The call does not end in time.
     pub(super) fn end_abandoned_call(&self, deadline: Deadline) -> Result<()> {
-        if self.lock().abandoned.is_none() {
+        // One that was cancelled may become an abandoned call.
+        let is_preparing = |state: &WorkState<MachineState>| state.operation() == Operation::Preparing;
+        if self.work.wait_while(deadline, is_preparing).abandoned.is_none() {
             return Ok(());
         }
         self.try_destroy_own(deadline);

@@ -6,12 +6,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, Result};
+use machinery::{Deadline, Error, ErrorKind, Result};
 use machinery_backend::{Cancellation, Operation, PrepareOrigin, Share};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::base::Machine;
+use super::end::CANCEL_TIMEOUT;
 use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::snapshot::{self, Snapshot};
@@ -48,8 +49,9 @@ impl Machine {
             return Ok(());
         }
         let prepared = self.prepare_with_libvirt(origin, deadline);
-        // The check for libvirt takes time, which there must be.
-        if prepared.is_err() && !deadline.passed() && self.is_postponed() {
+        // The check for libvirt takes time, which there must be. Another action waits for the end of a cancelled one.
+        let may_be_postponed = |error: &Error| error.kind() != ErrorKind::Interrupted && !deadline.passed();
+        if prepared.as_ref().is_err_and(may_be_postponed) && self.is_postponed() {
             return Ok(());
         }
         if let Err(error) = &prepared {
@@ -78,11 +80,17 @@ impl Machine {
         let call = self.connection.long_call(deadline, self.connect_step(), move |connect| {
             machine.prepare_restore(connect, origin, &cancellation)
         })?;
-        let Some(prepared) = call.wait(deadline.remaining()) else {
-            preparing.cancellation().cancel();
-            return Err(self.abandon(call, false, deadline));
-        };
-        self.discard_if_cancelled(preparing.cancellation(), prepared)
+        let cancellation = preparing.cancellation();
+        cancellation.on_cancel(call.interrupter());
+        // The end of the domain ends the call of a preparation that is cancelled, unless libvirt hangs.
+        let cancelled = || cancellation.is_cancelled().then(|| call.wait(CANCEL_TIMEOUT)).flatten();
+        if let Some(prepared) = call.wait_unless_interrupted(deadline.remaining()).or_else(cancelled) {
+            return self.discard_if_cancelled(cancellation, prepared);
+        }
+        let timed_out = || deadline.timeout("the domain to stand by");
+        let error = cancellation.ensure_wanted().err().unwrap_or_else(timed_out);
+        cancellation.cancel();
+        Err(self.abandon(call, false, error))
     }
 
     /// Discards the standby if the preparation was cancelled after its last step. A step that the cancellation has

@@ -35,7 +35,7 @@ impl Machine {
         })?;
         let Some(started) = call.wait(deadline.remaining()) else {
             starting.cancellation().cancel();
-            return Err(self.abandon(call, true, deadline));
+            return Err(self.abandon(call, true, deadline.timeout("the domain to run")));
         };
         started?;
         self.ensure_no_end(deadline)

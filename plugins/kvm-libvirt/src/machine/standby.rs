@@ -83,7 +83,7 @@ impl Machine {
             Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
             None => {
                 cancellation.cancel();
-                Err(self.abandon(call, true, deadline))
+                Err(self.abandon(call, true, deadline.timeout("the domain to run")))
             }
         }
     }

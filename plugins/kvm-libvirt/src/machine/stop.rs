@@ -47,10 +47,10 @@ impl Machine {
     /// # Errors
     /// The machine is off already; the guest does not react in time.
     pub(super) fn press_power_button(&self, deadline: Deadline) -> Result<()> {
-        self.end_abandoned_call(deadline)?;
         if self.is_hidden() {
             return Err(refuse::off_already());
         }
+        self.end_abandoned_call(deadline)?;
         let _stopping = self.begin(Operation::Stopping, deadline)?;
         let before = self.lock().end_count;
         let label = self.label().to_owned();
