@@ -290,7 +290,7 @@ fn action_times_out_when_libvirtd_hangs() {
 #[test]
 fn restore_fails_at_its_timeout_when_libvirtd_hangs() {
     let yaml =
-        "timeouts: {restore_start: 3, stop: 3, state: 3}\nmachineries: {kvm: {instant: off, standby: off}}\n";
+        "timeouts: {restore_start: 8, stop: 8, state: 5}\nmachineries: {kvm: {instant: off, standby: off}}\n";
     let mut fixture = KvmFixture::new(&[MICRO], yaml);
     let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
     fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
@@ -299,7 +299,7 @@ fn restore_fails_at_its_timeout_when_libvirtd_hangs() {
     let answer = fixture.client.next_message().unwrap();
     fixture.lab.libvirtd().signal_daemon(Signal::CONT).unwrap();
     let reason = answer["reason"].as_str().unwrap();
-    assert!(reason.contains("waited 3.0 s for the domain to run"), "{reason}");
+    assert!(reason.contains("waited 8.0 s for the domain to run"), "{reason}");
     fixture.subscriber.wait_for_event("healed", "m").unwrap();
     assert_restores(&mut fixture);
     fixture.finish();
@@ -307,16 +307,21 @@ fn restore_fails_at_its_timeout_when_libvirtd_hangs() {
 
 #[test]
 fn preparation_ends_soon_after_its_cancellation_when_libvirtd_hangs() {
-    let lab = KvmLab::new(&[MICRO]).unwrap();
-    lab.cwd().host_yaml("timeouts: {stop: 5}\nmachineries: {kvm: {standby: off}}\n").unwrap();
-    let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
-    let mut fixture = KvmFixture::of(lab);
-    // The preparation starts the domain, to save it.
+    let mut fixture = KvmFixture::new(&[MICRO], "timeouts: {stop: 8}\nmachineries: {kvm: {standby: on}}\n");
+    fixture.wait_for_standby();
+    // It discards the standby.
+    fixture.act("stop");
+    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
+    fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
     watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     fixture.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
-    let reason = fixture.ask_refused(json!({"action": "stop", "machine": "m"}));
+    fixture.client.send(&json!({"action": "stop", "machine": "m", "id": 2})).unwrap();
+    let answers = [fixture.client.next_message().unwrap(), fixture.client.next_message().unwrap()];
     fixture.lab.libvirtd().signal_daemon(Signal::CONT).unwrap();
-    assert!(reason.contains("for libvirt to finish an earlier start"), "{reason}");
+    println!("{answers:?}");
+    let prepared = answers.iter().find(|answer| answer["id"] == 1).unwrap();
+    let reason = prepared["reason"].as_str().unwrap();
+    assert!(reason.contains("cancelled by another action"), "{reason}");
     let log = fixture.host.log();
     assert!(!log.contains("did not return from the plugin"), "{log}");
     fixture.subscriber.wait_for_event("healed", "m").unwrap();

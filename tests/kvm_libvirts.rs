@@ -143,7 +143,7 @@ fn libvirtd_that_is_killed_costs_its_own_machines_and_they_heal_when_it_is_back(
 /// libvirtd hangs in the middle of a restore, which keeps its permit until its timeout.
 #[test]
 fn libvirtd_that_hangs_costs_its_own_machines_and_they_heal_when_it_goes_on() {
-    let mut served = Served::new("timeouts: {state: 3, restore_start: 20, stop: 5}");
+    let mut served = Served::new("timeouts: {state: 5, restore_start: 12, stop: 6}");
     served.run("a2");
     served.wait_until_prepared("a2");
     let watch = FileWatch::new(served.lab.machine("a2").disk.parent().unwrap()).unwrap();

@@ -2,15 +2,21 @@
 //! is on disk before somebody relies on it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 
 use crate::error::{Context, Error};
 use crate::process::{self, run_command};
-use crate::{Result, command};
+use crate::{Result, command, processes};
+
+/// The time in which strace ends after its program.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A system call that has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,8 +77,23 @@ impl Trace {
     /// The calls cannot be read.
     pub fn finish(self) -> Result<Vec<SystemCall>> {
         let text = self.reader.join().map_err(|_| Error::new("the reader of the system calls panicked"))?;
+        wait_for_strace(&self.pipe)?;
         Ok(parse(&text.context(|| "reading the system calls".to_owned())?))
     }
+}
+
+/// Waits for the end of the strace that writes to `pipe`, which is no child of this process. It closes the pipe shortly
+/// before.
+fn wait_for_strace(pipe: &Path) -> Result<()> {
+    let pipe = pipe.to_string_lossy();
+    let is_strace = |command: &str| command.starts_with("strace ") && command.contains(&*pipe);
+    for (pid, _) in processes::list()?.into_iter().filter(|(_, command)| is_strace(command)) {
+        // It may have ended meanwhile.
+        if let Ok(end) = pidfd_open(pid, PidfdFlags::empty()) {
+            process::wait_for(&mut [PollFd::new(&end, PollFlags::IN)], END_TIMEOUT)?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs another test of this test program, and returns its calls. `name` is the test's path.

@@ -72,10 +72,13 @@ pub async fn call<T: Send + 'static>(
     });
     tokio::task::spawn_blocking(job);
     tokio::select! {
-        result = running.wait() => CallResult::Returned(result),
-        () = sleep(limit + GRACE) => CallResult::Abandoned(AbandonedCall(running)),
-        () = cancelled => CallResult::Abandoned(AbandonedCall(running)),
+        () = running.notify.notified() => {}
+        () = sleep(limit + GRACE) => {}
+        () = cancelled => {}
     }
+    // The plugin may have returned while this task waited for its cancellation.
+    let result = running.lock().take();
+    result.map_or_else(|| CallResult::Abandoned(AbandonedCall(running)), CallResult::Returned)
 }
 
 /// Calls `work` and blocks until it returns, for `limit` at most. `what` names the plugin and its method.
@@ -183,13 +186,6 @@ impl<T> RunningCall<T> {
         self.returned.notify_all();
         self.notify.notify_one();
     }
-
-    async fn wait(&self) -> Result<T> {
-        self.notify.notified().await;
-        self.lock()
-            .take()
-            .unwrap_or_else(|| Err(Error::failed("this is a bug of the host: a call has no result")))
-    }
 }
 
 trait Finish: Send + Sync {
@@ -283,6 +279,21 @@ mod tests {
         call.finished().await;
         assert!(call.is_finished());
         call.finished().await;
+    }
+
+    #[test]
+    fn call_is_not_abandoned_when_it_has_returned_before_its_cancellation_ends() {
+        let one_thread =
+            tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_time().build();
+        // Its job follows that of the call.
+        let cancelled = async {
+            let (send, after) = mpsc::channel();
+            tokio::task::spawn_blocking(move || send.send(()));
+            after.recv().unwrap();
+        };
+        let call = call("adding", Duration::from_secs(60), cancelled, |_| Ok(1 + 1));
+        let called = one_thread.unwrap().block_on(call);
+        assert!(matches!(called, CallResult::Returned(Ok(2))));
     }
 
     #[test]
