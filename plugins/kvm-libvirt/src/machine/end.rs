@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
-use machinery_backend::{Operation, WorkState};
+use machinery_backend::{Cancellation, Operation, WorkState};
 use virt::domain::{Domain, DomainPausedReason};
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
@@ -127,6 +127,22 @@ impl Machine {
             // Ends a domain that is still being loaded.
             self.try_destroy_own(deadline);
         }
+    }
+
+    /// Waits for the call of a start. One that times out is cancelled, and its domain ended.
+    ///
+    /// # Errors
+    /// The start fails; it takes too long.
+    pub(super) fn wait_for_start(
+        &self,
+        call: Call<()>,
+        cancellation: &Cancellation,
+        deadline: Deadline,
+    ) -> Result<()> {
+        call.wait(deadline.remaining()).unwrap_or_else(|| {
+            cancellation.cancel();
+            Err(self.abandon(call, true, deadline.timeout("the domain to run")))
+        })
     }
 
     /// Ends the domain of a start or a preparation that timed out, or was cancelled: that is `error`. Keeps the call if it

@@ -33,11 +33,7 @@ impl Machine {
         let call = self.connection.long_call(deadline, self.connect_step(), move |connect| {
             machine.start_domain(connect, how, &cancellation)
         })?;
-        let Some(started) = call.wait(deadline.remaining()) else {
-            starting.cancellation().cancel();
-            return Err(self.abandon(call, true, deadline.timeout("the domain to run")));
-        };
-        started?;
+        self.wait_for_start(call, starting.cancellation(), deadline)?;
         self.ensure_no_end(deadline)
     }
 

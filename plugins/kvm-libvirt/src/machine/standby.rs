@@ -79,13 +79,8 @@ impl Machine {
             done.store(runs, Ordering::SeqCst);
             Ok(())
         })?;
-        match call.wait(deadline.remaining()) {
-            Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
-            None => {
-                cancellation.cancel();
-                Err(self.abandon(call, true, deadline.timeout("the domain to run")))
-            }
-        }
+        self.wait_for_start(call, cancellation, deadline)?;
+        Ok(resumed.load(Ordering::SeqCst))
     }
 
     fn resume_unchanged(
