@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::{FileEvent, FileWatch, KvmFixture, KvmLab, KvmMachine};
+use machinery_testkit::lab::{KvmFixture, KvmLab, KvmMachine};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -180,9 +180,7 @@ fn restore_while_libvirtd_dies(fixture: &mut KvmFixture, opened: &Path) {
     let opened = opened.file_name().unwrap().to_str().unwrap();
     let mut failed = 0;
     for delay in [0, 30, 60, 100, 150, 200] {
-        let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-        fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        watch.wait(&[FileEvent::Opened(opened)], SOON).unwrap();
+        fixture.send_until_opened(json!({"action": "restore_start", "machine": "m"}), opened);
         // The sleep chooses the moment; it waits for no event.
         thread::sleep(Duration::from_millis(delay));
         fixture.lab.libvirtd().kill_daemon().unwrap();
@@ -292,9 +290,7 @@ fn restore_fails_at_its_timeout_when_libvirtd_hangs() {
     let yaml =
         "timeouts: {restore_start: 8, stop: 8, state: 5}\nmachineries: {kvm: {instant: off, standby: off}}\n";
     let mut fixture = KvmFixture::new(&[MICRO], yaml);
-    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-    fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.send_until_start(json!({"action": "restore_start", "machine": "m"}));
     fixture.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
     let answer = fixture.client.next_message().unwrap();
     fixture.lab.libvirtd().signal_daemon(Signal::CONT).unwrap();
@@ -311,9 +307,7 @@ fn preparation_ends_soon_after_its_cancellation_when_libvirtd_hangs() {
     fixture.wait_for_standby();
     // It discards the standby.
     fixture.act("stop");
-    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-    fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
-    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.send_until_start(json!({"action": "prepare", "machine": "m", "id": 1}));
     fixture.lab.libvirtd().signal_daemon(Signal::STOP).unwrap();
     fixture.client.send(&json!({"action": "stop", "machine": "m", "id": 2})).unwrap();
     let answers = [fixture.client.next_message().unwrap(), fixture.client.next_message().unwrap()];
@@ -430,10 +424,7 @@ fn run_is_ended_by_the_next_host_when_its_host_was_killed_during_a_restore() {
     let mut fixture =
         KvmFixture::of(KvmLab::new(&[("m", Guest::Linux { ram_mib: 256, noise_mib: 64 })]).unwrap());
     for _ in 0..3 {
-        let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-        fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        // QEMU creates the file of the guest's serial port.
-        watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+        fixture.send_until_start(json!({"action": "restore_start", "machine": "m"}));
         fixture.host.kill().unwrap();
         fixture = KvmFixture::of(fixture.lab);
         assert_eq!(fixture.state(), "poweroff");

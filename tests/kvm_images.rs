@@ -336,9 +336,7 @@ fn unfinished_image_is_removed_by_the_next_host_when_its_host_was_killed() {
     fixture.lab.assert_clean();
     // A stop cancels the creation of an image, too.
     fs::remove_file(image(&fixture)).unwrap();
-    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-    fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
-    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.send_until_start(json!({"action": "prepare", "machine": "m", "id": 1}));
     fixture.act("stop");
     fixture.lab.assert_clean();
     assert_eq!(fixture.client.machine("m").unwrap()["disabled"], false);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::{FileEvent, FileWatch, KvmFixture};
+use machinery_testkit::lab::KvmFixture;
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
@@ -325,10 +325,7 @@ fn preparation_is_cancelled_by_a_stop_or_a_cold_start() {
     fixture.wait_for_standby();
     fixture.act("stop");
     for action in ["stop", "norestore_start"] {
-        let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-        fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
-        // QEMU creates the file of the guest's serial port.
-        watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+        fixture.send_until_start(json!({"action": "prepare", "machine": "m", "id": 1}));
         fixture.client.send(&json!({"action": action, "machine": "m", "id": 2})).unwrap();
         let mut answers = [fixture.client.next_message().unwrap(), fixture.client.next_message().unwrap()];
         answers.sort_by_key(|answer| answer["id"].as_u64());
@@ -348,8 +345,6 @@ fn preparation_is_cancelled_by_a_stop_or_a_cold_start() {
     // A cancellation is no failure.
     let log = fixture.host.log();
     assert!(!log.contains("WARN"), "{log}");
-    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
-    fixture.client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
-    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
+    fixture.send_until_start(json!({"action": "prepare", "machine": "m"}));
     fixture.finish();
 }

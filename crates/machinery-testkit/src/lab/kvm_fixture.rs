@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Pid;
 use serde_json::{Value, json};
 
-use super::KvmLab;
+use super::{FileEvent, FileWatch, KvmLab};
 use crate::client::Client;
 use crate::guest::Guest;
 use crate::host::RunningHost;
@@ -54,6 +54,20 @@ impl KvmFixture {
     pub fn act(&mut self, action: &str) {
         let answer = self.client.act(action, "m").unwrap();
         assert_eq!(answer, json!({"success": true}), "{action}; {}", self.host.log());
+    }
+
+    /// Sends a request, and waits until a process opens that file beside the domain's disk. The answer is still to come.
+    #[track_caller]
+    pub fn send_until_opened(&mut self, request: Value, file: &str) {
+        let watch = FileWatch::new(self.lab.machine("m").disk.parent().unwrap()).unwrap();
+        self.client.send(&request).unwrap();
+        watch.wait(&[FileEvent::Opened(file)], TIMEOUT).unwrap();
+    }
+
+    /// Sends a request, and waits until QEMU creates the file of the guest's serial port: the domain is being started.
+    #[track_caller]
+    pub fn send_until_start(&mut self, request: Value) {
+        self.send_until_opened(request, "serial.log");
     }
 
     /// Sends a request, expects a failure, and returns the reason.
